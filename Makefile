@@ -1,0 +1,40 @@
+# Everything runs in .venv, made from constraints.txt. PYTHON picks the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: install demo check test wheel constraints clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "lora-sweeps needs Python 3.11 to 3.13; found %d.%d: make PYTHON=python3.12 $(MAKECMDGOALS)" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/lora-sweeps run examples/digits.yaml
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_architecture.py
+
+test: install
+	$(BIN)/pytest
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+# Pins every package of a fresh environment. Local version suffixes such as +cpu are dropped, so that the file names no one build.
+constraints:
+	rm -rf build/constraints && $(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet torch==2.13.0
+	build/constraints/bin/python -m pip install --quiet '.[dev]' ray==2.60.0 optuna==5.0.0 mlflow==3.17.2 pydantic==2.14.3 transformers==5.23.0 peft==0.21.2
+	build/constraints/bin/python -m pip freeze --exclude lora-sweeps | sed 's/+[a-z0-9.]*$$//' > constraints.txt
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,256 @@
+"""K LoRA adapters over one frozen model.
+
+    suffix  meaning
+    K       members of the pack, k one of them
+    R       the pack's rank: the largest of its members' ranks r
+    I, O    a layer's input and output width
+    L       adapted layers
+    M       rows a member brings (batch, or batch x tokens)
+    P       elements of a member's row in the storage
+
+    name        shape      meaning
+    params_KP   [K, P]     every adapter weight of the pack, a row a member: A of all layers, then B of all layers
+    grads_KP    [K, P]     their gradients, in the same places
+    a_KRI       [K, R, I]  view of params_KP: factor A of one layer
+    b_KRO       [K, R, O]  view of params_KP: factor B of one layer, transposed, so that [k, :r] is contiguous
+
+Rows of a_KRI and b_KRO beyond a member's rank are zero; each is the other's only factor in their gradients
+(layer.py), so these stay zero too and the padding is exact.
+
+The one row a member is what makes a pack cheap to train: a norm, a clip or an optimizer step is one pass over one
+tensor, whatever the number of layers. The price: the bank owns that storage, so the model must be on its device
+before the adapters are attached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.init import Init, Member, initial_a
+from lora_core.layer import BankedLinear
+from lora_core.targets import NoTargetError, find_targets
+
+__all__ = ["BankedLinear", "Init", "LoraBank", "Member", "NoTargetError", "RankError", "Slot", "find_targets"]
+
+# Every factor starts at a multiple of this many elements: 64 bytes at two bytes an element. Kernels pick their code
+# path by alignment, and a member must get the same one wherever it stands in a pack.
+_ALIGNMENT = 32
+
+
+class RankError(ValueError):
+    """A rank that a layer has no room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one factor of one layer lies in a member's row of the storage: [R, width] elements from `offset` on."""
+
+    layer: str
+    factor: Literal["lora_A", "lora_B"]
+    width: int
+    offset: int
+
+    @property
+    def key(self) -> str:
+        """`fc1.lora_A`."""
+        return f"{self.layer}.{self.factor}"
+
+    def of_member(self, row_P: Tensor, rank: int) -> Tensor:
+        """The [r, width] part that belongs to a member of that rank, as a contiguous view."""
+        return row_P[self.offset : self.offset + rank * self.width].view(rank, self.width)
+
+    def of_pack(self, stack_KP: Tensor, rank: int) -> Tensor:
+        """The [K, R, width] part, as a view."""
+        return stack_KP[:, self.offset : self.offset + rank * self.width].view(-1, rank, self.width)
+
+
+class LoraBank:
+    """The adapters of a pack, attached to one model. Made by `attach`; also a context manager that detaches.
+
+    Attributes:
+        members: the pack, in order.
+        rank: R.
+        layers: the adapted layers by name.
+        slots: where each factor of each layer lies; all of A, then all of B.
+        split: where B begins in a row of the storage.
+        params_KP: storage of the weights.
+        grads_KP: storage of the gradients.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], bases: dict[str, nn.Linear], *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.members = tuple(members)
+        self.rank = max(member.point.rank for member in members)
+        self.slots, self.split, length = _lay_out(bases, self.rank)
+        self.params_KP = torch.zeros(len(members), length, dtype=dtype, device=device)
+        self.grads_KP = torch.zeros_like(self.params_KP)
+        s_K = [member.point.scaling for member in members]
+        self.layers = {
+            name: BankedLinear(base, self._factors(name, self.params_KP), self._factors(name, self.grads_KP), s_K)
+            for name, base in bases.items()
+        }
+        self._undo: list[Callable[[], Any]] = []
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        target_modules: Sequence[str] | str,
+        members: Sequence[Member],
+        *,
+        init: Init = "kaiming_uniform",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> LoraBank:
+        """Freezes a model and puts a pack of freshly initialised adapters over its target layers.
+
+        Args:
+            model: any module; already on its device and in its dtype.
+            target_modules: see `find_targets`.
+            members: the pack, at least one.
+            init: base initialisation of A, as PEFT names it; B starts at zero.
+            dtype: of the adapters; by default the layers' own, float32 for half-precision layers (PEFT's choice too).
+            device: of the adapters; by default the layers' own.
+
+        Raises:
+            NoTargetError: see `find_targets`.
+            RankError: a member's rank exceeds a target layer's width.
+            ValueError: no members, or target layers on different devices.
+        """
+        bases = find_targets(model, target_modules)
+        _check_ranks(members, bases)
+        weights = [base.weight for base in bases.values()]
+        if device is None and len({weight.device for weight in weights}) > 1:
+            raise ValueError("a pack needs all target layers on one device; found them on several")
+        if dtype is None:
+            dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+        bank = cls(members, bases, dtype=dtype, device=torch.device(device or weights[0].device))
+        bank._initialise(init)
+        bank._install(model, bases)
+        return bank
+
+    def detach(self) -> None:
+        """Gives the model its own layers and `requires_grad` flags back. Doing it twice does no harm."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> LoraBank:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def zero_grad(self) -> None:
+        """Zeroes all gradients, in place."""
+        self.grads_KP.zero_()
+
+    def member_tensors(self, k: int) -> dict[str, nn.Parameter]:
+        """Views of member k: `fc1.lora_A` [r, I] and `fc1.lora_B` [r, O], whose `.grad` are views of `grads_KP`."""
+        rank = self.members[k].point.rank
+        views: dict[str, nn.Parameter] = {}
+        for slot in self.slots:
+            view = nn.Parameter(slot.of_member(self.params_KP[k], rank))
+            view.grad = slot.of_member(self.grads_KP[k], rank)
+            views[slot.key] = view
+        return views
+
+    def adapter(self, k: int) -> dict[str, Tensor]:
+        """A copy of member k's weights, under the names and shapes of `member_tensors`."""
+        return {key: view.detach().clone() for key, view in self.member_tensors(k).items()}
+
+    def load_adapter(self, k: int, tensors: dict[str, Tensor]) -> None:
+        """Sets member k's weights from what `adapter` returned, of this bank or another.
+
+        Raises:
+            ValueError: the tensors' names or shapes are not this member's.
+        """
+        views = {key: view.detach() for key, view in self.member_tensors(k).items()}
+        expected, found = ({key: tuple(value.shape) for key, value in each.items()} for each in (views, tensors))
+        if expected != found:
+            raise ValueError(f"member {k} takes adapter tensors {expected}; found {found}")
+        for key, view in views.items():
+            view.copy_(tensors[key])
+
+    @torch.no_grad()
+    def update_norms_KL(self) -> Tensor:  # noqa: N802
+        """Returns the Frobenius norm of s B A, a row a member and a column a layer, in float64.
+
+        ||BA||^2 = tr((A A^T) (B^T B)), so two R x R Gram matrices do for an O x I product. A gauge of powers of two
+        moves every number here by a power of two, so it leaves the result as it is, bit for bit.
+        """
+        norms_LK = []
+        for layer in self.layers.values():
+            a_KRI, b_KRO = layer.a_KRI.double(), layer.b_KRO.double()
+            squares_KRR = torch.bmm(a_KRI, a_KRI.mT) * torch.bmm(b_KRO, b_KRO.mT)
+            norms_LK.append(squares_KRR.sum(dim=(1, 2)).clamp(min=0).sqrt())
+        s_K = torch.tensor([member.point.scaling for member in self.members], dtype=torch.float64)
+        return torch.stack(norms_LK, dim=1) * s_K.to(self.params_KP.device)[:, None]
+
+    @torch.no_grad()
+    def merge(self, k: int) -> dict[str, Tensor]:
+        """Returns W + s B A [O, I] for each layer, in the base weight's dtype."""
+        adapter, merged = self.adapter(k), {}
+        for name, layer in self.layers.items():
+            delta_OI = self.members[k].point.scaling * (adapter[f"{name}.lora_B"].mT @ adapter[f"{name}.lora_A"])
+            merged[name] = (layer.base.weight + delta_OI).to(layer.base.weight.dtype)
+        return merged
+
+    def _factors(self, layer: str, stack_KP: Tensor) -> tuple[Tensor, Tensor]:
+        """The [K, R, I] and [K, R, O] parts of a stack that belong to a layer."""
+        a, b = (slot.of_pack(stack_KP, self.rank) for slot in self.slots if slot.layer == layer)
+        return a, b
+
+    @torch.no_grad()
+    def _initialise(self, init: Init) -> None:
+        for k, member in enumerate(self.members):
+            for slot in self.slots:
+                if slot.factor == "lora_A":
+                    a_RI = initial_a(init, member, slot.layer, slot.width, self.params_KP.dtype)
+                    slot.of_member(self.params_KP[k], member.point.rank).copy_(a_RI)
+
+    def _install(self, model: nn.Module, bases: dict[str, nn.Linear]) -> None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._undo.append(partial(parameter.requires_grad_, True))
+        for name, base in bases.items():
+            parent, _, child = name.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, child, self.layers[name])
+            self._undo.append(partial(setattr, owner, child, base))
+
+
+def _check_ranks(members: Sequence[Member], bases: dict[str, nn.Linear]) -> None:
+    if not members:
+        raise ValueError("a pack needs at least one member; found none")
+    for rank in {member.point.rank for member in members}:
+        for name, base in bases.items():
+            width = min(base.in_features, base.out_features)
+            if not 1 <= rank <= width:
+                raise RankError(
+                    f"layer {name!r} takes ranks from 1 to its width {width}; found rank {rank}: use a smaller rank or "
+                    "leave the layer out of target_modules"
+                )
+
+
+def _lay_out(bases: dict[str, nn.Linear], rank: int) -> tuple[tuple[Slot, ...], int, int]:
+    """Returns the slots of a row, where B begins in it, and its length."""
+    slots: list[Slot] = []
+    offset = split = 0
+    for factor in ("lora_A", "lora_B"):
+        split = offset
+        for name, base in bases.items():
+            slots.append(Slot(name, factor, base.in_features if factor == "lora_A" else base.out_features, offset))
+            offset += math.ceil(rank * slots[-1].width / _ALIGNMENT) * _ALIGNMENT
+    return tuple(slots), split, offset

@@ -1,0 +1,267 @@
+"""A member's state on disk, and adapter folders as PEFT has them. Never a pickle.
+
+A checkpoint directory:
+
+    <sha256>.safetensors   the tensors, named by their own hash: `adapter/<name>` and `optimizer/<name>`
+    manifest.json          step, hash, size and the caller's notes: it names the file that counts
+
+Both are written under a temporary name, synced and renamed, the tensors first. Replacing the manifest is the one
+moment at which a new checkpoint takes the place of an old one, and only then is the old tensor file removed: killed
+at any moment, the directory holds the old checkpoint or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+_FORMAT = "lora-sweeps member checkpoint"
+_VERSION = 1
+_WAY_OUT = "restore the directory from a copy, or delete it and train the member again from its last rung"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or adapter folder that cannot be used; the message says what was found and the way out."""
+
+
+@dataclass(frozen=True)
+class MemberState:
+    """All that a member needs to go on training.
+
+    Attributes:
+        adapter: weights, as `LoraBank.adapter` names them.
+        optimizer: as `PackOptimizer.state` names it.
+        step: steps done.
+        extra: the caller's notes.
+    """
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    step: int
+    extra: dict[str, str]
+
+
+def save_member(
+    directory: Path,
+    *,
+    adapter: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    step: int,
+    extra: Mapping[str, str],
+) -> None:
+    """Writes a member's checkpoint, whole or not at all; one already in the directory is replaced.
+
+    Raises:
+        OSError: the disk refused; what was there before is untouched.
+    """
+    tensors = {f"adapter/{name}": value for name, value in adapter.items()}
+    tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
+    data = _serialise(tensors)
+    digest = hashlib.sha256(data).hexdigest()
+    directory.mkdir(parents=True, exist_ok=True)
+    previous = _previous_digest(directory)
+    manifest = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "step": step,
+        "sha256": digest,
+        "bytes": len(data),
+        "extra": dict(extra),
+    }
+    write_atomically(_tensor_file(directory, digest), data)
+    write_atomically(directory / "manifest.json", json.dumps(manifest, indent=2).encode())
+    if previous is not None and previous != digest:
+        _tensor_file(directory, previous).unlink(missing_ok=True)
+
+
+def load_member(directory: Path) -> MemberState:
+    """Reads a member's checkpoint, onto the CPU, after checking its hash.
+
+    Raises:
+        CheckpointError: there is none, or it is truncated, altered or of another version.
+    """
+    manifest = _read_manifest(directory)
+    path = _tensor_file(directory, manifest["sha256"])
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {directory} has lost its tensor file {path.name}; {_WAY_OUT}") from None
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != manifest["sha256"]:
+        expected = f"{manifest['bytes']} bytes with SHA-256 {manifest['sha256']}"
+        found = f"{len(data)} bytes with {digest}"
+        raise CheckpointError(f"checkpoint {path} must have {expected}; found {found}; {_WAY_OUT}")
+    adapter: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    for key, value in safetensors.torch.load(data).items():
+        kind, _, name = key.partition("/")
+        {"adapter": adapter, "optimizer": optimizer}[kind][name] = value
+    return MemberState(adapter, optimizer, manifest["step"], manifest["extra"])
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all, even if the power fails: temporary name, fsync, rename,
+    fsync."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    parent = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)  # the rename itself
+    finally:
+        os.close(parent)
+
+
+def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    # Clones: safetensors refuses tensors that share a storage, which is just what a bank's views do.
+    copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    data: bytes = safetensors.torch.save(copies)
+    return data
+
+
+def _tensor_file(directory: Path, digest: str) -> Path:
+    return directory / f"{digest}.safetensors"
+
+
+def _previous_digest(directory: Path) -> str | None:
+    try:
+        return str(_read_manifest(directory)["sha256"])
+    except CheckpointError:
+        return None
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "manifest.json"
+    try:
+        manifest: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint in {directory}: it has no manifest.json; {_WAY_OUT}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); {_WAY_OUT}") from None
+    fields: dict[str, Any] = manifest if isinstance(manifest, dict) else {}
+    form = fields.get("format"), fields.get("version")
+    if form != (_FORMAT, _VERSION):
+        raise CheckpointError(f"{path} must be {(_FORMAT, _VERSION)}; found {form}: use the release that wrote it")
+    kinds = {"step": int, "bytes": int, "extra": dict, "sha256": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(fields.get(key), kind)]
+    # The digest becomes a file name, so nothing but a digest may pass.
+    if wrong or not re.fullmatch("[0-9a-f]{64}", fields["sha256"]):
+        raise CheckpointError(f"{path} has a wrong {', '.join(wrong) or 'sha256'}; {_WAY_OUT}")
+    return fields
+
+
+# -- adapter folders as PEFT has them ----------------------------------------------------------------------------------
+
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_PEFT_CONFIG = "adapter_config.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter folder's content, its tensors named and shaped as `LoraBank.adapter` does."""
+
+    tensors: dict[str, Tensor]
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] | str
+    use_rslora: bool
+
+
+def export_peft_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Sequence[str] | str,
+    use_rslora: bool,
+    base_model: str | None = None,
+) -> None:
+    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        directory: made if it is not there.
+        tensors: as `LoraBank.adapter` returns them: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O].
+        rank: r.
+        alpha: in the gauge that the tensors are in.
+        target_modules: as the spec has them.
+        use_rslora: whether alpha is divided by sqrt(r) instead of r.
+        base_model: name or path that PEFT should load the base model from, if it has one.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "use_rslora": use_rslora,
+        "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    weights = {}
+    for name, value in tensors.items():
+        layer, _, factor = name.rpartition(".")
+        weights[f"{_PEFT_PREFIX}{layer}.{factor}.weight"] = value.mT if factor == "lora_B" else value
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / _PEFT_WEIGHTS, _serialise(weights))
+    write_atomically(directory / _PEFT_CONFIG, json.dumps(config, indent=2).encode())
+
+
+def import_peft_adapter(directory: Path) -> PeftAdapter:
+    """Reads a plain LoRA adapter folder as PEFT writes it.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or the adapter is more than plain LoRA of one rank (DoRA, biases,
+            per-layer ranks, other trained modules).
+    """
+    try:
+        config = json.loads((directory / _PEFT_CONFIG).read_bytes())
+        weights = safetensors.torch.load((directory / _PEFT_WEIGHTS).read_bytes())
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise CheckpointError(f"{directory} has no {missing}: save the adapter with safe_serialization=True") from None
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"the adapter in {directory} cannot be read ({error}): save it again") from None
+    beyond = [key for key in ("rank_pattern", "alpha_pattern", "use_dora") if config.get(key)]
+    if config.get("peft_type") != "LORA" or beyond:
+        found = ", ".join(beyond) or config.get("peft_type")
+        raise CheckpointError(
+            f"{directory} must hold plain LoRA of one rank and alpha; found {found} in {_PEFT_CONFIG}"
+        )
+    tensors = {}
+    for name, value in weights.items():
+        layer, _, factor = name.removeprefix(_PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+        if factor not in ("lora_A", "lora_B") or value.dim() != 2:
+            raise CheckpointError(f"{directory} must hold nothing but lora_A and lora_B matrices; found {name!r}")
+        tensors[f"{layer}.{factor}"] = (value.mT if factor == "lora_B" else value).contiguous()
+    targets = config["target_modules"]
+    return PeftAdapter(
+        tensors,
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        use_rslora=bool(config.get("use_rslora", False)),
+    )

@@ -1,0 +1,60 @@
+"""Where training starts: the initial A of a member, the same wherever and with whomever it is trained.
+
+    symbol  meaning
+    r       rank
+    c       init scale: multiplies the base draw
+
+B starts at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_core.gauge import Point
+from lora_core.seeds import generator
+
+Init = Literal["kaiming_uniform", "gaussian"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """All that decides a member's trajectory besides the model, the data and the kind of optimizer.
+
+    Attributes:
+        point: hyperparameters.
+        seed: seed of A's initialisation.
+        perturbation_seed: if given, each element of the initial A moves by one unit in the last place, up or down by
+            this seed: the control runs that a verdict measures rounding with.
+    """
+
+    point: Point
+    seed: int
+    perturbation_seed: int | None = None
+
+
+def initial_a(init: Init, member: Member, layer: str, d_in: int, dtype: torch.dtype) -> Tensor:
+    """Returns a member's initial A [r, d_in] for one layer, on the CPU.
+
+    The base draw depends on the member's seed, the layer's name, r and d_in alone, and is made in float32 whatever the
+    dtype, so twins start from the same one. `kaiming_uniform` is U(-1, 1) / sqrt(d_in), which is what PEFT's
+    kaiming_uniform_(a=sqrt(5)) comes to; `gaussian` has standard deviation 1 / r.
+    """
+    rank = member.point.rank
+    draws, a_RI = generator("lora_A", member.seed, layer, rank, d_in), torch.empty(rank, d_in)
+    if init == "kaiming_uniform":
+        a_RI.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=draws)
+    else:
+        a_RI.normal_(0.0, 1 / rank, generator=draws)
+    a_RI = a_RI.to(dtype) * member.point.init_scale
+    if member.perturbation_seed is None:
+        return a_RI
+    coins = generator("perturbation", member.perturbation_seed, layer, rank, d_in)
+    up = torch.rand(rank, d_in, generator=coins) < 0.5
+    infinity = torch.full_like(a_RI, math.inf)
+    return torch.nextafter(a_RI, torch.where(up, infinity, -infinity))

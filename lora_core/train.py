@@ -1,0 +1,146 @@
+"""Trains the members of a pack from one step to another.
+
+    suffix  meaning
+    K       members of the pack, k one of them
+
+Steps are counted from 0 while they are to be done (schedules, data order) and from 1 once they are done (records).
+
+The members share one backward pass of the sum of their losses. No row of one member meets a row of another, so the
+gradient of each is that of its own loss; the same holds for a member whose loss is not finite.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_core.adapter import LoraBank
+from lora_core.optimizers import PackOptimizer
+from lora_core.seeds import generator
+
+ScheduleKind = Literal["constant", "linear", "cosine"]
+
+
+def lr_factor(schedule: ScheduleKind, step: int, *, steps: int, warmup_steps: int) -> float:
+    """Returns the factor on the learning rate for a step, counted from 0.
+
+    transformers' `get_constant_schedule_with_warmup` and its linear and cosine kin, to the last bit: the first step
+    of a warm-up has factor 0, and none has an absolute floor, which would break the law.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if schedule == "constant":
+        return 1.0
+    remaining = max(1, steps - warmup_steps)
+    if schedule == "linear":
+        return max(0.0, (steps - step) / remaining)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / remaining))))
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A learning-rate schedule over the whole of training, whichever part of it a job does."""
+
+    kind: ScheduleKind
+    steps: int
+    warmup_steps: int = 0
+
+    def factor(self, step: int) -> float:
+        """The factor on the learning rate for a step, counted from 0."""
+        return lr_factor(self.kind, step, steps=self.steps, warmup_steps=self.warmup_steps)
+
+
+def batch_indices(n_samples: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Returns the samples of a step [batch_size], int64, on the CPU: the same for every member (common random numbers).
+
+    Each epoch is a permutation drawn from (seed, epoch) and cut into batches; what does not fill a batch is dropped.
+    Nothing is remembered between steps, so a resumed job sees what the interrupted one would have seen.
+
+    Raises:
+        ValueError: the batch is larger than the data.
+    """
+    if not 1 <= batch_size <= n_samples:
+        raise ValueError(f"batch_size must be between 1 and the number of samples, {n_samples}; found {batch_size}")
+    epoch, batch = divmod(step, n_samples // batch_size)
+    order = _epoch_order(n_samples, epoch, seed)
+    return order[batch * batch_size : (batch + 1) * batch_size].clone()
+
+
+@functools.lru_cache(maxsize=2)  # of a pure function: an epoch's steps ask for the same permutation, which can be long
+def _epoch_order(n_samples: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(n_samples, generator=generator("data order", seed, epoch))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step of a pack showed.
+
+    Attributes:
+        step: steps done, this one included.
+        losses: each member's loss before the update, in nats or whatever the task measures; NaN once a member has
+        diverged.
+        diverged: the members that have diverged so far: their loss or gradient was not finite.
+    """
+
+    step: int
+    losses: tuple[float, ...]
+    diverged: frozenset[int]
+
+
+def train_pack(
+    bank: LoraBank,
+    optimizer: PackOptimizer,
+    losses_K: Callable[[int], Tensor],
+    *,
+    start: int,
+    stop: int,
+    schedule: Schedule,
+) -> Iterator[StepRecord]:
+    """Does the steps start, ..., stop - 1, and yields a record after each.
+
+    A member that diverges is frozen before it takes the step that would spoil it, and its pack-mates go on. It ends
+    early when all have diverged.
+
+    Args:
+        bank: the pack.
+        optimizer: over that bank.
+        losses_K: given the step (from 0), returns each member's mean loss [K], with the graph to the bank's weights.
+        start: steps that have been done.
+        stop: steps that will have been done.
+        schedule: of the learning rate.
+
+    Raises:
+        ValueError: the optimizer is of another bank, or `losses_K` returned another shape than [K].
+    """
+    if optimizer.bank is not bank:
+        raise ValueError("the optimizer must be made over the bank that is trained; found another bank's")
+    for step in range(start, stop):
+        losses = losses_K(step)
+        if losses.shape != (len(bank.members),):
+            required = f"the loss must have one entry a member, shape ({len(bank.members)},)"
+            raise ValueError(f"{required}; found {tuple(losses.shape)}")
+        record = _step(optimizer, losses, step, schedule)
+        yield record
+        if len(record.diverged) == len(record.losses):
+            return
+
+
+def _step(optimizer: PackOptimizer, losses: Tensor, step: int, schedule: Schedule) -> StepRecord:
+    optimizer.bank.zero_grad()
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    norms = optimizer.clip()
+    before = optimizer.frozen
+    # The one time a step that the host waits for the device.
+    losses_host, norms_host = torch.stack([losses.detach().double(), norms.double()]).tolist()
+    for k, (loss, norm) in enumerate(zip(losses_host, norms_host, strict=True)):
+        if k not in before and not (math.isfinite(loss) and math.isfinite(norm)):
+            optimizer.freeze(k)
+    optimizer.step(schedule.factor(step))
+    shown = tuple(math.nan if k in before else loss for k, loss in enumerate(losses_host))
+    return StepRecord(step + 1, shown, optimizer.frozen)

@@ -1,0 +1,225 @@
+"""The command line. Results go to stdout, progress and messages to stderr; a wrong request exits 2, a fault of ours 1.
+
+Every command imports what it needs when it runs, so that `--help` and the light ones answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_core import __version__
+from sweeps.errors import InputError, SpecError
+
+if TYPE_CHECKING:
+    from sweeps.home import Home
+    from sweeps.ledger import Ledger
+    from sweeps.records import SweepRecord
+
+_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_SPEC = click.argument("spec", type=click.Path(path_type=Path))
+_SWEEP = click.argument("sweep")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lora-sweeps")
+def cli() -> None:
+    """Sweeps LoRA hyperparameters, knowing that alpha is a gauge and not one of them.
+
+    SPEC is a YAML file; SWEEP is a sweep's id, its name, or `last`.
+    """
+
+
+@cli.command()
+@click.argument("spec", type=click.Path(path_type=Path), required=False)
+@click.option("--name", help="Name of the sweep, in place of the spec's own.")
+@click.option("--address", help="A running Ray cluster: HOST:PORT or auto. Without it one is started on this machine.")
+@click.option("--resume", metavar="SWEEP", help="Go on with an interrupted sweep; takes no SPEC.")
+@_AS_JSON
+def run(spec: Path | None, name: str | None, address: str | None, resume: str | None, as_json: bool) -> None:
+    """Run a sweep: search, certificates, report, export."""
+    from services.output import print_outcome, watching
+    from sweeps import driver
+    from sweeps.home import Home
+    from sweeps.spec import load_spec
+
+    if (spec is None) == (resume is None):
+        raise click.UsageError("run takes either a SPEC or --resume SWEEP.")
+    if resume is not None and name is not None:
+        raise click.UsageError("--name names a new sweep; a resumed one keeps its name.")
+    with watching() as progress:
+        if spec is not None:
+            outcome = driver.start(load_spec(spec), Home.open(), name=name, address=address, progress=progress)
+        else:
+            outcome = driver.resume(resume or "", Home.open(), address=address, progress=progress)
+    sys.exit(print_outcome(outcome, as_json=as_json))
+
+
+@cli.command()
+@_SPEC
+@click.option("--classes", is_flag=True, help="With --json: list every class with its configurations.")
+@click.option("--time/--no-time", "timed", default=True, help="Run a few steps to estimate the time (the default).")
+@_AS_JSON
+def plan(spec: Path, classes: bool, timed: bool, as_json: bool) -> None:
+    """Show what a spec would run, before it runs."""
+    from services.output import classes_of, print_plan
+    from sweeps.driver import plan_sweep
+    from sweeps.home import Home
+    from sweeps.spec import load_spec
+
+    if classes and not as_json:
+        raise click.UsageError("--classes goes with --json.")
+    document = load_spec(spec)
+    made = plan_sweep(document, Home.open(), timed=timed)
+    if as_json:
+        listed = {"classes_with_members": classes_of(document.spec)} if classes else {}
+        _print_json(made.model_dump(mode="json") | listed)
+    else:
+        print_plan(made)
+
+
+@cli.command()
+@_SPEC
+@_AS_JSON
+def validate(spec: Path, as_json: bool) -> None:
+    """Check a spec, and name every fault with its line."""
+    from sweeps.spec import load_spec
+
+    try:
+        document = load_spec(spec)
+    except SpecError as error:
+        if as_json:
+            faults = [
+                {key: getattr(f, key) for key in ("path", "line", "required", "found", "hint")} for f in error.faults
+            ]
+            _print_json({"valid": False, "faults": faults})
+        raise
+    if as_json:
+        _print_json({"valid": True, "faults": []})
+    else:
+        click.echo(f"{document.source}: valid")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of a spec, for editors."""
+    from sweeps.spec import json_schema
+
+    _print_json(json_schema())
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("sweep.yaml"))
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
+def init(path: Path, force: bool) -> None:
+    """Write a commented spec to start from (default: sweep.yaml)."""
+    from sweeps.spec import template
+
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(template())
+    except FileExistsError:
+        raise InputError(f"init writes a new file; {path} is there already; name another or add --force") from None
+    except OSError as error:
+        raise InputError(f"init must be able to write {path}; it cannot: {error.strerror}") from None
+    click.echo(f"wrote {path}: edit it, then `lora-sweeps run {path}`")
+
+
+@cli.command(name="list")
+@_AS_JSON
+def list_sweeps(as_json: bool) -> None:
+    """List the sweeps of this state directory, latest first."""
+    from services.output import print_sweeps, summary
+    from sweeps.records import read_sweep
+
+    home, ledger = _open()
+    summaries = [summary(read_sweep(ledger, found.id), home) for found in reversed(ledger.sweeps())]
+    if as_json:
+        _print_json(summaries)
+    else:
+        print_sweeps(summaries)
+
+
+@cli.command()
+@_SWEEP
+@click.option("--format", "form", type=click.Choice(["md", "json", "html"]), default="md", help="Default: md.")
+def report(sweep: str, form: Any) -> None:
+    """Print the collapse report of a sweep."""
+    from sweeps.report import build, render
+
+    click.echo(render(build(_record(sweep)), form))
+
+
+@cli.command()
+@_SWEEP
+@_AS_JSON
+def best(sweep: str, as_json: bool) -> None:
+    """Print the best point of a sweep."""
+    from services.output import best_as_json, print_best
+
+    record = _record(sweep)
+    if record.best is None:
+        raise InputError(f"a best point needs a finished trial; {record.id} is {record.state} and has none")
+    if as_json:
+        _print_json(best_as_json(record))
+    else:
+        print_best(record)
+
+
+@cli.command()
+@_SWEEP
+@click.option("--format", "form", required=True, help="The trainer's config format: peft.")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory to write to (default: SWEEP-FORMAT).")
+@_AS_JSON
+def export(sweep: str, form: str, output: Path | None, as_json: bool) -> None:
+    """Write the best point in a trainer's config format, in the gauge of its default init."""
+    from sweeps.export import FORMATS, ExportPoint
+
+    if form not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")
+    record = _record(sweep)
+    if record.best is None:
+        raise InputError(f"an export needs a finished trial; {record.id} is {record.state} and has none")
+    directory = output or Path(f"{record.id}-{form}")
+    try:
+        written = FORMATS[form](ExportPoint.of(record, record.best), directory)
+    except OSError as error:
+        raise InputError(
+            f"--output must be a directory that can be written; {directory} cannot: {error.strerror}"
+        ) from None
+    if as_json:
+        _print_json({"sweep": record.id, "format": form, "files": [str(path) for path in written]})
+    else:
+        click.echo("\n".join(map(str, written)))
+
+
+def _open() -> tuple[Home, Ledger]:
+    from sweeps.home import Home
+    from sweeps.ledger import Ledger
+
+    home = Home.open()
+    return home, Ledger.in_directory(home.path)
+
+
+def _record(sweep: str) -> SweepRecord:
+    from sweeps.records import read_sweep
+
+    _, ledger = _open()
+    return read_sweep(ledger, ledger.find(sweep).id)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Runs the command line."""
+    try:
+        cli(standalone_mode=True)
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)

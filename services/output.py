@@ -1,0 +1,333 @@
+"""What the command line prints: progress while a sweep runs, and results in words or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sweeps import tracking
+from sweeps.driver import Interrupted, Outcome
+from sweeps.events import Event, JobStarted, RungReported, TrialAsked, TrialTold
+from sweeps.export import FORMATS
+from sweeps.home import Home
+from sweeps.plan import Plan
+from sweeps.records import SweepRecord
+from sweeps.reduction import Reduction
+from sweeps.report import best_point, counts_in_words, unit_of
+from sweeps.spec import SweepSpec
+
+_LABEL_WIDTH = 14
+_LINE_EVERY_S = 2.0
+
+
+class Watcher:
+    """Progress on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._began_s = self._last_s = time.monotonic()
+        self._told: Counter[str] = Counter()
+        self._asked = self._steps = 0
+        self._certificates = 0
+        self._best: str = ""
+
+    def stage(self, text: str) -> None:
+        """A new stage."""
+        self._show(text, final=not self._terminal)
+
+    def events(self, sweep: str, events: list[Event]) -> None:
+        """Counts what happened and shows it."""
+        for event in events:
+            match event:
+                case TrialAsked() if event.duplicate_of is None:
+                    self._asked += 1
+                case TrialTold():
+                    self._told[event.state] += 1
+                case RungReported():
+                    self._steps = max(self._steps, event.step)
+                case JobStarted() if event.work == "certify":
+                    self._certificates += 1
+                case _:
+                    pass
+        now_s = time.monotonic()
+        if self._asked and (self._terminal or now_s - self._last_s >= _LINE_EVERY_S):
+            self._last_s = now_s
+            self._show(f"{sweep}: {self._line()}", final=not self._terminal)
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self._terminal:
+            click.echo("\r\033[K", nl=False, err=True)
+
+    def _line(self) -> str:
+        if self._certificates:
+            return f"certificate {self._certificates}"
+        under_way = self._asked - self._told.total()
+        ended = f"; {counts_in_words(self._told)}" if self._told else ""
+        return f"{self._asked} trials asked, {under_way} under way{ended}"
+
+    def _show(self, text: str, *, final: bool) -> None:
+        line = f"[{time.monotonic() - self._began_s:5.1f} s] {text}"
+        click.echo(line if final else f"\r\033[K{line}", nl=final, err=True)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[Watcher]:
+    """A watcher for as long as a sweep runs; an interruption before there is a sweep ends the program."""
+    watcher = Watcher()
+    try:
+        yield watcher
+    except Interrupted as interrupted:
+        watcher.close()
+        click.echo("stopped before the sweep had begun; nothing was entered", err=True)
+        sys.exit(128 + interrupted.number)
+    finally:
+        watcher.close()
+
+
+# -- the outcome of a run ----------------------------------------------------------------------------------------------
+
+
+def print_outcome(outcome: Outcome, *, as_json: bool) -> int:
+    """Prints how a sweep came out, and returns the exit code."""
+    record = outcome.record
+    if as_json:
+        click.echo(json.dumps(outcome_as_json(outcome), indent=2))
+    else:
+        for label, lines in _outcome_lines(outcome):
+            _print_lines(label, lines)
+    if not outcome.delivered:
+        click.echo(
+            f"MLflow does not have everything yet ({outcome.undelivered_reason}); the rest waits in the ledger and is "
+            f"delivered by `lora-sweeps run --resume {record.id}`",
+            err=True,
+        )
+    if outcome.signal is not None:
+        click.echo(f"stopped; go on with `lora-sweeps run --resume {record.id}`", err=True)
+        return 128 + outcome.signal
+    if record.state == "paused":
+        reason = record.ended.reason if record.ended else ""
+        click.echo(f"paused: {reason}; mend that and `lora-sweeps run --resume {record.id}`", err=True)
+        return 1
+    return 0
+
+
+def outcome_as_json(outcome: Outcome) -> dict[str, Any]:
+    """What `run --json` ends with."""
+    record = outcome.record
+    counts = record.counts()
+    return {
+        "sweep": record.id,
+        "state": record.state,
+        "trials": {state: counts[state] for state in ("finished", "pruned", "diverged", "failed")},
+        "best": best_as_json(record) if record.best else None,
+        "mlflow": {
+            "tracking_uri": record.created.tracking_uri,
+            "experiment_id": record.experiment_id,
+            "parent_run_id": record.parent_run_id,
+            "delivered": outcome.delivered,
+        },
+        "report": None if outcome.report is None else str(outcome.report / "report.html"),
+        "certificates": [_certificate_as_json(certificate) for certificate in record.certificates],
+        "seconds": outcome.seconds,
+    }
+
+
+def _certificate_as_json(certificate: dict[str, Any]) -> dict[str, Any]:
+    """A certificate without its trajectories, which the report has."""
+    verdicts = ("verdict", "exact_in_binary", "max_ratio", "first_step", "configuration")
+    return {
+        "class": certificate["class_id"],
+        "trial": certificate["trial"],
+        "steps": certificate["steps"],
+        "representative": certificate["representative"],
+        "twins": [{key: _finite(twin[key]) for key in verdicts} for twin in certificate["twins"]],
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _outcome_lines(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
+    record = outcome.record
+    total_s = sum(seconds for stage, seconds in outcome.seconds.items() if stage in _WALL)
+    yield "sweep", [f"{record.id}: {record.state} after {total_s:.0f} s"]
+    yield "reduction", _reduction_lines(record)
+    counts = record.counts()
+    counts.pop("waiting" if not counts["waiting"] else "", None)
+    duplicates = len(record.trials) - len(record.trained)
+    trials = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield (
+        "trials",
+        [f"{len(record.trained)}: {trials}" + (f"; {duplicates} repeats not trained again" if duplicates else "")],
+    )
+    yield "best", best_lines(record) if record.best else ["no trial has finished"]
+    yield "certificates", _certificate_lines(record)
+    if outcome.report is not None:
+        yield "report", [_short(outcome.report / "report.html")]
+        if record.best:
+            yield "export", [f"{_short(outcome.report / 'export' / form)} ({form})" for form in FORMATS]
+    yield "MLflow", _mlflow_lines(record)
+
+
+_WALL = ("start-up", "trials", "certificates", "report", "waiting for MLflow")
+"""Stages that follow one another; others run beside them."""
+
+
+def _reduction_lines(record: SweepRecord) -> list[str]:
+    plan = Plan.model_validate(record.created.plan)
+    before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
+    lines = [f"{before} -> {after}"]
+    if plan.configurations is not None:
+        lines.insert(0, f"{plan.configurations} configurations -> {plan.classes} classes")
+    else:
+        reduction, trained = Reduction.of(record.spec), record.trained
+        covered = sum(1 + len(reduction.twins(trial.configuration)) for trial in trained)
+        lines.append(f"{covered} configurations -> the {len(trained)} classes that were trained")
+    return lines
+
+
+def _certificate_lines(record: SweepRecord) -> list[str]:
+    if not record.certificates:
+        return ["none"]
+    verdicts = Counter(twin["verdict"] for certificate in record.certificates for twin in certificate["twins"])
+    whole = sum(all(t["verdict"] != "different" for t in certificate["twins"]) for certificate in record.certificates)
+    words = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    return [f"{whole} of {len(record.certificates)} classes collapse; twins: {words}"]
+
+
+def _mlflow_lines(record: SweepRecord) -> list[str]:
+    uri = record.created.tracking_uri
+    lines = [tracking.open_command(uri)]
+    if record.experiment_id and record.parent_run_id:
+        lines.append(tracking.run_url(uri, record.experiment_id, record.parent_run_id))
+    return lines
+
+
+# -- the best point ----------------------------------------------------------------------------------------------------
+
+
+def best_as_json(record: SweepRecord) -> dict[str, Any]:
+    """What `best --json` prints."""
+    found = best_point(record)
+    assert found is not None, "asked only where a trial has finished"
+    fields = found.model_dump(mode="json")
+    fields["class"] = fields.pop("class_id")
+    return fields
+
+
+def best_lines(record: SweepRecord) -> list[str]:
+    """The best point in words."""
+    found = best_point(record)
+    assert found is not None, "asked only where a trial has finished"
+    measured = ", ".join(f"{name} {value:.4g}{unit_of(name)}" for name, value in found.metrics.items())
+    default = found.default_init
+    return [
+        f"{measured} (trial {found.trial})",
+        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}",
+        f"with default init the same run is alpha {default['alpha']:.4g}, lr {default['lr']:.4g}",
+    ]
+
+
+def print_best(record: SweepRecord) -> None:
+    """Prints the best point in words."""
+    _print_lines("best", best_lines(record))
+
+
+# -- plans and lists ---------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan in words."""
+    counts = f"{plan.configurations} configurations -> {plan.classes} classes; " if plan.configurations else ""
+    before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
+    rungs = ", ".join(map(str, plan.rungs))
+    cost = f"about {plan.member_steps} member-steps"
+    _print_lines("law", [plan.law])
+    _print_lines("reduction", [f"{counts}{before} -> {after}", f"alpha held at {plan.reference_alpha}"])
+    _print_lines("space", [_dimension_in_words(dimension) for dimension in plan.space])
+    _print_lines("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"])
+    _print_lines("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"])
+    _print_lines("packs", [f"of {plan.pack} on {plan.workers} workers"])
+    _print_lines("certificates", [f"{plan.certificates} classes"])
+    if plan.seconds is not None:
+        cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"
+    _print_lines("cost", [cost])
+    if plan.warnings:
+        _print_lines("warnings", list(plan.warnings))
+
+
+def _dimension_in_words(dimension: dict[str, Any]) -> str:
+    if "values" in dimension:
+        return f"{dimension['name']}: {', '.join(f'{value:g}' for value in dimension['values'])}"
+    return f"{dimension['name']}: {dimension['min']:g} to {dimension['max']:g}, {dimension['distribution']}"
+
+
+def classes_of(spec: SweepSpec) -> list[dict[str, Any]] | None:
+    """Every class of a finite space with its member configurations; None where the space is continuous."""
+    classes = Reduction.of(spec).classes
+    if classes is None:
+        return None
+    return [
+        {
+            "class": found.id,
+            "representative": asdict(found.representative),
+            "members": [asdict(configuration) for configuration in found.configurations],
+        }
+        for found in classes
+    ]
+
+
+def summary(record: SweepRecord, home: Home) -> dict[str, Any]:
+    """One sweep of a list."""
+    state = record.state
+    if state == "running" and not home.is_driven(record.id):
+        state = "interrupted"  # its driver was killed before it could say so
+    best = record.best
+    return {
+        "sweep": record.id,
+        "name": record.created.name,
+        "state": state,
+        "created": datetime.fromtimestamp(record.created_at_s, UTC).isoformat(timespec="seconds"),
+        "trials": record.counts(),
+        "metric": record.spec.metric.name,
+        "best": None if best is None else best.value,
+    }
+
+
+def print_sweeps(summaries: list[dict[str, Any]]) -> None:
+    """Prints a list of sweeps in columns."""
+    if not summaries:
+        click.echo("no sweeps yet: start one with `lora-sweeps run SPEC`", err=True)
+        return
+    rows = [("sweep", "state", "created (UTC)", "best", "trials")]
+    for one in summaries:
+        best = "–" if one["best"] is None else f"{one['metric']} {one['best']:.4g}{unit_of(one['metric'])}"
+        rows.append((one["sweep"], one["state"], one["created"][:19], best, counts_in_words(one["trials"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_lines(label: str, lines: list[str]) -> None:
+    for i, line in enumerate(lines):
+        click.echo(f"{label if i == 0 else '':<{_LABEL_WIDTH}}{line}")
+
+
+def _short(path: Path) -> str:
+    """The path from the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -1,0 +1,1 @@
+"""The sweep engine: from a YAML spec to trials, a collapse report and exports."""

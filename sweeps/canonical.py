@@ -1,0 +1,205 @@
+"""What is searched once alpha is gone: the dimensions of the canonical space, and what part of the user's space they leave out.
+
+    k            alpha / reference alpha
+    shift        factor between a configuration's value of a dimension and its canonical value, e.g. sqrt(k) for AdamW's lr
+    keep, widen  whether the user's ranges stand at the reference alpha, or are widened to reach every corner that alpha did
+
+The box is the same for every rank, so that samplers see a fixed space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from sweeps.reduction import Reduction
+from sweeps.space import DIMENSIONS, Configuration, values_of
+from sweeps.spec import Choice, Range, SweepSpec
+
+_NODES = 64
+"""Points to a continuous dimension at which the share left outside is averaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ordinal:
+    """A dimension of listed values, searched by their place in ascending order."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuous:
+    """A dimension between two bounds."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+
+
+Dimension = Ordinal | Continuous
+
+
+class TrialSpace(Protocol):
+    """Where trials come from: dimensions for a sampler, and what a point of them trains."""
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """What the sampler proposes values for."""
+
+    def trial(self, values: Mapping[str, float]) -> tuple[Configuration, str]:
+        """The canonical point at these values, and the id of its class."""
+
+
+@dataclass(frozen=True)
+class CanonicalSpace:
+    """The canonical points that a sampler searches.
+
+    Attributes:
+        dimensions: what is searched, in `DIMENSIONS` order.
+        constants: the other hyperparameters.
+        reduction: the law behind it.
+        widened: whether the ranges reach every corner of the user's space.
+    """
+
+    dimensions: tuple[Dimension, ...]
+    constants: Mapping[str, float]
+    reduction: Reduction
+    widened: bool
+
+    @classmethod
+    def of(cls, spec: SweepSpec, reduction: Reduction) -> CanonicalSpace:
+        """Derives the canonical space of a spec."""
+        widened = spec.reduction.ranges == "widen"
+        dimensions, constants = [], {}
+        for name in DIMENSIONS:
+            if name in reduction.eliminated:
+                continue
+            dimension = _canonical_dimension(name, reduction, widened)
+            if isinstance(dimension, Ordinal) and len(dimension.values) == 1:
+                constants[name] = dimension.values[0]
+            else:
+                dimensions.append(dimension)
+        if reduction.reference_init_scale is not None:
+            constants["init_scale"] = reduction.reference_init_scale
+        return cls(tuple(dimensions), constants, reduction, widened)
+
+    def trial(self, values: Mapping[str, float]) -> tuple[Configuration, str]:
+        """The canonical point at these values, and the id of its class."""
+        named: dict[str, Any] = {**self.constants, **values}
+        rank = int(named.pop("rank"))
+        rule = self.reduction.reference
+        alpha = float(named.pop("alpha")) if "alpha" in values else rule.at(rank)
+        named.pop("alpha", None)
+        configuration = Configuration(rank=rank, alpha=alpha, **named)
+        return configuration, self.reduction.class_id(configuration)
+
+    @property
+    def size(self) -> int | None:
+        """How many points it has; None where it is continuous."""
+        sizes = [len(d.values) if isinstance(d, Ordinal) else 0 for d in self.dimensions]
+        return math.prod(sizes) or None
+
+    def share_outside(self) -> float:
+        """The share of the user's space (log-uniform in its ranges) whose canonical points are not in this one."""
+        if self.widened or not self.reduction.eliminated:
+            return 0.0
+        inside = [
+            math.prod(_share_inside(getattr(self.reduction.space, name), shift) for name, shift in shifts.items())
+            for shifts in _shifts(self.reduction)
+        ]
+        return max(0.0, 1.0 - sum(inside) / len(inside))
+
+
+@dataclass(frozen=True)
+class ClassGrid:
+    """Every class of a finite space, once each: what `method: grid` trains."""
+
+    reduction: Reduction
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """One: the number of the class."""
+        return (Ordinal("class", tuple(map(float, range(len(self.reduction.classes or ()))))),)
+
+    def trial(self, values: Mapping[str, float]) -> tuple[Configuration, str]:
+        """The representative and id of a class."""
+        found = (self.reduction.classes or ())[int(values["class"])]
+        return found.representative, found.id
+
+
+def _canonical_dimension(name: str, reduction: Reduction, widened: bool) -> Dimension:
+    own: Choice | Range = getattr(reduction.space, name)
+    induced = name == "init_scale" and own.constant and "alpha" in reduction.eliminated
+    if induced and not reduction.two_parameter:
+        # alpha was an init-scale knob: the dimension stays, under its right name.
+        return _stretched(name, own, reduction)
+    if widened and name in ("lr", "init_scale", "lr_ratio"):
+        return _stretched(name, own, reduction)
+    values = values_of(own)
+    if name == "alpha" and values is not None:
+        rank = reduction.space.ranks[0]
+        values = tuple(rule.at(rank) for rule in reduction.space.alpha_rules)
+    if values is not None:
+        return Ordinal(name, tuple(sorted(values)))
+    assert isinstance(own, Range)
+    return Continuous(name, own.min, own.max, log=own.distribution == "log_uniform")
+
+
+def _stretched(name: str, own: Choice | Range, reduction: Reduction) -> Dimension:
+    """A dimension widened by every shift that the eliminated dimensions can give it."""
+    shifts = [shift[name] for shift in _shifts(reduction, ends=True) if name in shift] or [1.0]
+    values, eliminated = values_of(own), [getattr(reduction.space, gone) for gone in reduction.eliminated]
+    if values is not None and all(values_of(gone) is not None for gone in eliminated):
+        # Rounded, because the same value reached by two ways differs in its last digits.
+        return Ordinal(name, tuple(sorted({float(f"{value * shift:.12g}") for value in values for shift in shifts})))
+    low, high = (min(values), max(values)) if values is not None else (own.min, own.max)  # type: ignore[union-attr]
+    return Continuous(name, low * min(shifts), high * max(shifts), log=True)
+
+
+def _shifts(reduction: Reduction, *, ends: bool = False) -> Iterable[dict[str, float]]:
+    """How far each dimension moves on the way to the reference, over the eliminated dimensions and the ranks.
+
+    Args:
+        reduction: the reduction.
+        ends: only the ends of continuous dimensions, in place of points along them.
+    """
+    space, power = reduction.space, 1 + reduction.law.degree
+    reference_c = reduction.reference_init_scale
+    for rank in space.ranks:
+        alphas = [rule.at(rank) for rule in space.alpha_rules] or _nodes(space.alpha, ends)
+        init_scales = _nodes(space.init_scale, ends) if reference_c is not None else [None]
+        for alpha, init_scale in product(alphas, init_scales):
+            k = alpha / reduction.reference.at(rank)
+            if not reduction.two_parameter:
+                yield {"lr": k ** (power / 2), "init_scale": math.sqrt(k)}
+                continue
+            a = 1.0 if init_scale is None or reference_c is None else reference_c / init_scale
+            yield {"lr": a**power, "lr_ratio": (k / a**2) ** power}
+
+
+def _nodes(dimension: Choice | Range, ends: bool) -> list[float]:
+    values = values_of(dimension)
+    if values is not None:
+        return [float(value) for value in values]
+    assert isinstance(dimension, Range)
+    if ends:
+        return [dimension.min, dimension.max]
+    ratio = dimension.max / dimension.min
+    return [dimension.min * ratio ** ((i + 0.5) / _NODES) for i in range(_NODES)]
+
+
+def _share_inside(dimension: Choice | Range, shift: float) -> float:
+    """The share of a dimension's values that are still among its values after a shift."""
+    values = values_of(dimension)
+    if values is None:
+        assert isinstance(dimension, Range)
+        width = math.log(dimension.max / dimension.min)
+        return max(0.0, 1.0 - abs(math.log(shift)) / width)
+    if len(values) == 1:
+        return 1.0  # a constant init scale became a dimension of its own, which holds every shift
+    return sum(any(math.isclose(v * shift, w) for w in values) for v in values) / len(values)

@@ -1,0 +1,102 @@
+"""Which classes get their twins really trained, and the certificate that comes of it.
+
+A certificate is the recorded proof that a class collapses: the representative and its twins at the other values of alpha,
+trained one by one over the same data, with every step's loss and update norm kept. Control runs, the representative with
+its init moved by one unit in the last place, say how far rounding alone would take them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from sweeps.reduction import Reduction
+from sweeps.space import Configuration
+from sweeps.spec import SweepSpec
+
+VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
+
+CONTROLS = 4
+"""Control runs to a certificate."""
+
+_MOST_TWINS = 8
+"""Twins to a certificate."""
+
+
+class TwinVerdict(BaseModel):
+    """A twin that was trained, and how it compares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    configuration: Configuration
+    exact_in_binary: bool
+    """Whether the gauge from the representative is made of powers of two, so that bit-identity is expected."""
+    verdict: VerdictKind
+    max_ratio: float
+    """Largest deviation in units of the rounding envelope; 0 if bit-identical."""
+    first_step: int | None = None
+    """The first step (from 1) outside the envelope; None unless different."""
+    losses: tuple[float, ...]
+    """Training loss before each step."""
+    update_norms: dict[str, tuple[float, ...]]
+    """By layer: Frobenius norm of s B A after each step."""
+
+
+class Certificate(BaseModel):
+    """The proof for one class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    class_id: str
+    trial: int
+    """The trial whose class it is."""
+    steps: int
+    representative: Configuration
+    losses: tuple[float, ...]
+    update_norms: dict[str, tuple[float, ...]]
+    controls: int
+    """How many control runs made the envelope."""
+    twins: tuple[TwinVerdict, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no twin is different."""
+        return all(twin.verdict != "different" for twin in self.twins)
+
+
+def choose(
+    spec: SweepSpec, reduction: Reduction, finished: Iterable[tuple[int, float | None, Configuration, str]]
+) -> list[int]:
+    """Picks the trials whose classes are certified: the best of each rank first, then the next best of all.
+
+    Args:
+        spec: says how many.
+        reduction: says which have twins.
+        finished: number, value, configuration and class of each finished trial.
+
+    Returns:
+        Trial numbers, in the order in which they are to be certified.
+    """
+    sign = 1 if spec.metric.goal == "minimize" else -1
+    ranked = sorted(finished, key=lambda trial: (sign * (math.inf if trial[1] is None else trial[1]), trial[0]))
+    ranks_seen: set[int] = set()
+    first, rest = [], []
+    for number, _, configuration, class_id in ranked:
+        (rest if configuration.rank in ranks_seen else first).append((number, configuration, class_id))
+        ranks_seen.add(configuration.rank)
+    with_twins = (number for number, configuration, name in first + rest if twins(reduction, configuration, name))
+    return [number for number, _ in zip(with_twins, range(spec.certify.classes), strict=False)]
+
+
+def twins(reduction: Reduction, configuration: Configuration, class_id: str) -> tuple[Configuration, ...]:
+    """The members of a configuration's class that a certificate trains: the user's own where the space lists them.
+
+    Those whose gauge is exact in binary come first, because they can be held to the last bit.
+    """
+    members = reduction.members_of(class_id)
+    found = reduction.twins(configuration) if members is None else [twin for twin in members if twin != configuration]
+    exact_first = sorted(found, key=lambda twin: not reduction.gauge_between(configuration, twin).exact_in_binary)
+    return tuple(sorted(exact_first[:_MOST_TWINS], key=lambda twin: (twin.alpha, twin.init_scale)))

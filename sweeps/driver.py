@@ -1,0 +1,395 @@
+"""Drives a sweep from its spec to its report: starts it or takes it up again, and ends it in order however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from lora_core.checkpoint import export_peft_adapter, load_member
+from sweeps import engine, report, tracking
+from sweeps.errors import StateError, TrackingError
+from sweeps.events import (
+    DriverStarted,
+    Event,
+    JobEnded,
+    JobStarted,
+    ReportWritten,
+    SweepCreated,
+    SweepEnded,
+    SweepState,
+)
+from sweeps.export import FORMATS, ExportPoint
+from sweeps.home import Home
+from sweeps.jobs import JobOrder, JobResult
+from sweeps.ledger import Ledger
+from sweeps.plan import Plan, make_plan, trial_space
+from sweeps.records import SweepRecord, TrialRecord, read_sweep
+from sweeps.reduction import Reduction
+from sweeps.search import PackSearcher
+from sweeps.spec import SpecDocument, SweepSpec
+
+_HIDDEN = ":***@"
+"""What stands in an address in place of a password."""
+
+_DELIVER_S = 60
+"""How long the end of a sweep waits for MLflow; what is not delivered by then stays in the ledger."""
+
+_DELIVER_INTERRUPTED_S = 5
+"""The same after Ctrl-C, where somebody waits at the terminal."""
+
+
+class Progress(Protocol):
+    """Who wants to know how a sweep is getting on."""
+
+    def stage(self, text: str) -> None:
+        """The sweep entered a new stage."""
+
+    def events(self, sweep: str, events: list[Event]) -> None:
+        """These were entered in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a sweep came out of a driver.
+
+    Attributes:
+        record: all that the ledger knows of it now.
+        report: directory of the report; None where no trial had finished.
+        delivered: whether MLflow has everything.
+        undelivered_reason: why not.
+        signal: the signal that interrupted it; None where none did.
+        seconds: where this driver's wall time went, by stage.
+    """
+
+    record: SweepRecord
+    report: Path | None
+    delivered: bool
+    undelivered_reason: str | None
+    signal: int | None
+    seconds: dict[str, float]
+
+
+class Interrupted(BaseException):
+    """Somebody pressed Ctrl-C or sent SIGTERM, before there was a sweep that could be ended in order."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _Clock:
+    """Where the driver's wall time goes, by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since_s = time.perf_counter()
+
+    def lap(self, stage: str, *, ago_s: float = 0.0) -> None:
+        """Books the time since the last lap, up to `ago_s` seconds ago, on a stage."""
+        until_s = max(self._since_s, time.perf_counter() - ago_s)
+        self.add(stage, until_s - self._since_s)
+        self._since_s = until_s
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Books time on a stage that runs beside others."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None, timed: bool = False) -> Plan:
+    """Plans a sweep on this machine.
+
+    Args:
+        document: the spec.
+        home: for what the task keeps.
+        workers: jobs at once; None for what this machine can do.
+        timed: whether a few steps are run to estimate the time.
+
+    Raises:
+        SpecError: the model or the data cannot serve the spec.
+    """
+    from sweeps import preflight  # loads torch, which lighter commands do without
+
+    spec, reduction = document.spec, Reduction.of(document.spec)
+    fit = preflight.preflight(document, reduction, home.cache)
+    workers = workers or fit.workers
+    plan = make_plan(spec, reduction, workers=workers, most_members=preflight.most_members(spec, fit))
+    if not timed:
+        return plan
+    seconds = preflight.seconds_per_member_step(spec, reduction, fit.task, plan.pack)
+    return plan.model_copy(update={"seconds": plan.member_steps * seconds / workers})
+
+
+def start(document: SpecDocument, home: Home, *, name: str | None, address: str | None, progress: Progress) -> Outcome:
+    """Runs a spec as a new sweep, to its end or to an interruption.
+
+    Nothing is entered anywhere before the spec, the tracking server, the state directory and the cluster have all been
+    found usable.
+
+    Args:
+        document: the spec.
+        home: the state directory.
+        name: in place of the spec's own name.
+        address: of a running Ray cluster; None starts one on this machine.
+        progress: is told how it gets on.
+
+    Raises:
+        InputError: something that was asked for cannot be done.
+    """
+    clock, spec = _Clock(), document.spec
+    progress.stage("checking the spec against the model and the data")
+    ledger, plan = Ledger.in_directory(home.path), plan_sweep(document, home)
+    uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
+    experiment = spec.tracking.experiment or spec.name
+    tracking.check_tracking(uri, experiment)
+    with _signals() as caught, _cluster(home, spec, address, plan.workers, progress):
+        if address is not None:
+            workers = engine.cluster_workers(engine.resources(spec.compute.gpus_per_worker))
+            plan = plan_sweep(document, home, workers=workers)
+        sweep = f"{name or spec.name}-{secrets.token_hex(3)}"
+        created = SweepCreated(
+            name=name or spec.name,
+            spec=spec.model_dump(mode="json"),
+            spec_text=document.text,
+            source=document.source,
+            plan=plan.model_dump(mode="json"),
+            tracking_uri=tracking.hide_passwords(tracking.absolute_uri(uri)),
+            experiment=experiment,
+            lanes=plan.workers + 1,
+            pack=plan.pack,
+        )
+        ledger.create(sweep, created)
+        return _Driver(home, ledger, sweep, uri, clock, progress, caught).drive(resumed=False)
+
+
+def resume(reference: str, home: Home, *, address: str | None, progress: Progress) -> Outcome:
+    """Takes a sweep up where the ledger left off, however its last driver ended.
+
+    Args:
+        reference: the sweep's id, its name, or `last`.
+        home: the state directory.
+        address: of a running Ray cluster; None starts one on this machine.
+        progress: is told how it gets on.
+
+    Raises:
+        InputError: there is no such sweep, or it cannot be driven from here.
+    """
+    clock, ledger = _Clock(), Ledger.in_directory(home.path)
+    sweep = ledger.find(reference).id
+    record = read_sweep(ledger, sweep)
+    uri = _tracking_uri(record)
+    tracking.check_tracking(uri, record.created.experiment)
+    workers = Plan.model_validate(record.created.plan).workers
+    with _signals() as caught, _cluster(home, record.spec, address, workers, progress):
+        return _Driver(home, ledger, sweep, uri, clock, progress, caught).drive(resumed=True)
+
+
+class _Driver:
+    """Drives one sweep, once, on the connected cluster."""
+
+    def __init__(
+        self, home: Home, ledger: Ledger, sweep: str, uri: str, clock: _Clock, progress: Progress, caught: list[int]
+    ) -> None:
+        self._home, self._ledger, self._sweep = home, ledger, sweep
+        self._clock, self._progress, self._caught = clock, progress, caught
+        self._training_began = self._certifying = False
+        experiment = read_sweep(ledger, sweep).created.experiment
+        self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
+
+    def drive(self, *, resumed: bool) -> Outcome:
+        """Runs the sweep to its end or to an interruption, and leaves everything in order."""
+        with self._home.driving(self._sweep):
+            searcher = self._searcher()
+            if resumed:
+                searcher.replay(self._ledger.read(self._sweep))
+            self._append([DriverStarted(resumed=resumed)])
+            self._writer.start()
+            failure = self._run(searcher)
+            report_directory = self._write_report()
+            self._progress.stage("delivering to MLflow")
+            delivered = self._deliver()
+        if failure is not None:
+            raise failure
+        return Outcome(
+            record=read_sweep(self._ledger, self._sweep),
+            report=report_directory,
+            delivered=delivered,
+            undelivered_reason=self._writer.last_error,
+            signal=self._caught[0] if self._caught else None,
+            seconds=self._clock.seconds,
+        )
+
+    def _searcher(self) -> PackSearcher:
+        record = read_sweep(self._ledger, self._sweep)
+        spec, plan = record.spec, Plan.model_validate(record.created.plan)
+        reduction = Reduction.of(spec)
+        return PackSearcher(
+            spec,
+            reduction,
+            trial_space(spec, reduction),
+            trials=plan.trials,
+            rungs=plan.rungs,
+            pack=record.created.pack,
+            lanes=record.created.lanes,
+            cache=self._home.cache,
+            checkpoints=self._home.checkpoints(self._sweep),
+            append=self._append,
+        )
+
+    def _run(self, searcher: PackSearcher) -> BaseException | None:
+        """Runs the jobs and enters how they ended; returns what must be raised once everything is in order."""
+        record = read_sweep(self._ledger, self._sweep)
+        self._progress.stage("waiting for the first worker")
+        failure: BaseException | None = None
+        state: SweepState = "finished"
+        reason = ""
+        try:
+            resources = engine.resources(record.spec.compute.gpus_per_worker)
+            engine.run_jobs(_Timed(searcher, self._clock), resources=resources)
+            if searcher.paused:
+                state, reason = "paused", searcher.paused
+        except Interrupted as interrupted:
+            state, reason = "interrupted", signal.Signals(interrupted.number).name
+        except Exception as error:
+            state, reason, failure = "failed", f"{type(error).__name__}: {error}", error
+        self._clock.lap("certificates" if self._certifying else "trials")
+        try:
+            self._append([SweepEnded(state=state, reason=reason, seconds=dict(self._clock.seconds))])
+        except StateError as error:
+            failure = failure or error
+        return failure
+
+    def _append(self, events: list[Event]) -> None:
+        self._ledger.append(self._sweep, events)
+        self._writer.wake()
+        for event in events:
+            if isinstance(event, JobEnded):
+                busy_s = event.train_s + event.eval_s
+                if not self._training_began:
+                    self._training_began = True
+                    self._clock.lap("start-up", ago_s=busy_s)
+                if not self._certifying:
+                    self._clock.add("training, summed over workers", busy_s)
+            elif isinstance(event, JobStarted) and event.work == "certify" and not self._certifying:
+                self._certifying = True
+                self._clock.lap("trials")
+        self._progress.events(self._sweep, events)
+
+    def _write_report(self) -> Path | None:
+        record = read_sweep(self._ledger, self._sweep)
+        self._progress.stage("writing the report")
+        try:
+            directory = write_report(record, self._home)
+            self._append([ReportWritten(directory=str(directory))])
+        except Interrupted:
+            return None
+        self._clock.lap("report")
+        return directory
+
+    def _deliver(self) -> bool:
+        try:
+            delivered = self._writer.finish(_DELIVER_INTERRUPTED_S if self._caught else _DELIVER_S)
+        except Interrupted:
+            delivered = self._writer.finish(_DELIVER_INTERRUPTED_S)
+        self._clock.lap("waiting for MLflow")
+        return delivered
+
+
+class _Timed:
+    """A searcher whose own time is booked."""
+
+    def __init__(self, searcher: PackSearcher, clock: _Clock) -> None:
+        self._searcher, self._clock = searcher, clock
+
+    @property
+    def finished(self) -> bool:
+        return self._searcher.finished
+
+    def suggest(self) -> JobOrder | None:
+        before_s = time.perf_counter()
+        order = self._searcher.suggest()
+        self._clock.add("sampling and pruning", time.perf_counter() - before_s)
+        return order
+
+    def complete(self, result: JobResult, *, wall_s: float = 0.0) -> None:
+        self._searcher.complete(result, wall_s=wall_s)
+
+
+def write_report(record: SweepRecord, home: Home) -> Path:
+    """Writes a sweep's report, the export of its best point, and that trial's adapter; returns their directory."""
+    directory = home.report(record.id)
+    report.write(report.build(record), directory)
+    best = record.best
+    if best is not None:
+        for name, write in FORMATS.items():
+            write(ExportPoint.of(record, best), directory / "export" / name)
+        _write_adapter(record, best, home, directory / "adapter")
+    return directory
+
+
+def _write_adapter(record: SweepRecord, trial: TrialRecord, home: Home, directory: Path) -> None:
+    """The trained adapter as a PEFT folder, in the gauge in which it was trained."""
+    checkpoint = trial.rungs[-1].checkpoint
+    assert checkpoint is not None, "a trial that finished has left its state"
+    lora = record.spec.lora
+    export_peft_adapter(
+        directory,
+        load_member(home.checkpoints(record.id) / checkpoint).adapter,
+        rank=trial.configuration.rank,
+        alpha=trial.configuration.alpha,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+    )
+
+
+def _tracking_uri(record: SweepRecord) -> str:
+    """Where the sweep is tracked; the ledger keeps no passwords, so such an address comes from the environment."""
+    stored = record.created.tracking_uri
+    if _HIDDEN not in stored:
+        return stored
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if tracking.hide_passwords(uri) == stored:
+        return uri
+    raise TrackingError(
+        f"the sweep is tracked at {stored}, whose password is not kept: set MLFLOW_TRACKING_URI to that address, with it"
+    )
+
+
+@contextlib.contextmanager
+def _cluster(home: Home, spec: SweepSpec, address: str | None, workers: int, progress: Progress) -> Iterator[None]:
+    progress.stage("starting Ray" if address is None else f"connecting to Ray at {address}")
+    with engine.cluster(address, workers=workers, token_file=home.ray_token):
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Turns the first SIGINT or SIGTERM into `Interrupted` and keeps those after it from breaking what follows.
+
+    Yields:
+        The signals that came, in order.
+    """
+    caught: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) == 1:
+            raise Interrupted(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

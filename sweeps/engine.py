@@ -1,0 +1,218 @@
+"""Runs jobs on Ray: a local cluster of its own, or one that is there. With `worker.py`, all that knows of Ray.
+
+One Ray Tune trial is one job. Tune places jobs on workers and keeps the workers alive between them; it decides nothing and
+remembers nothing. What happened is in the ledger, so Tune's own experiment state goes to a temporary directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sweeps.errors import ClusterError
+from sweeps.jobs import JobOrder, JobResult
+
+_CONNECT_TIMEOUT_S = 10
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+_QUIET = {
+    # Read by Ray when it is first imported, and inherited by the processes it starts.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: Tune's handler waits for running jobs
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class Jobs(Protocol):
+    """Where jobs come from and results go to: `sweeps.search.PackSearcher`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there will be no more jobs."""
+
+    def suggest(self) -> JobOrder | None:
+        """The next job, or None for now."""
+
+    def complete(self, result: JobResult, *, wall_s: float = 0.0) -> None:
+        """Takes a job's result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one worker takes."""
+
+    cpus: float
+    gpus: float
+
+
+@contextlib.contextmanager
+def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[None]:
+    """Connects to a Ray cluster for as long as the context lasts.
+
+    Args:
+        address: `auto` or `HOST:PORT` of a running cluster; None starts one on this machine, on loopback only and behind a
+            token of its own.
+        workers: CPUs of a local cluster.
+        token_file: where a local cluster's token is kept.
+
+    Raises:
+        ClusterError: the cluster cannot be started or reached.
+    """
+    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    if address is None:
+        _guard_local_cluster(token_file)
+    elif address.startswith("ray://"):
+        raise ClusterError(
+            f"--address must be `auto` or HOST:PORT of the cluster's head; found {address}: Ray Client connections cannot "
+            "carry a search; run on the head node with --address auto"
+        )
+    else:
+        _check_reachable(address)
+    import ray
+
+    local = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES} if address is None else {}
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **local,
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
+        raise ClusterError(
+            f"{where} must be there to run on; it cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_workers(resources: Resources) -> int:
+    """How many workers the connected cluster has room for, at least one."""
+    import ray
+
+    total = ray.cluster_resources()
+    by_cpu = total.get("CPU", 1.0) / resources.cpus
+    by_gpu = total.get("GPU", 0.0) / resources.gpus if resources.gpus else by_cpu
+    return max(1, int(min(by_cpu, by_gpu)))
+
+
+def resources(gpus_per_worker: float | Literal["auto"]) -> Resources:
+    """What a worker takes of the connected cluster: one CPU, and one GPU where there are any, unless the spec says."""
+    import ray
+
+    if gpus_per_worker == "auto":
+        return Resources(1.0, 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0)
+    return Resources(1.0, gpus_per_worker)
+
+
+def run_jobs(jobs: Jobs, *, resources: Resources) -> None:
+    """Runs jobs on the connected cluster until there are no more.
+
+    Raises:
+        BaseException: whatever `jobs` itself raised, KeyboardInterrupt included.
+    """
+    from ray import tune
+
+    from sweeps.worker import PackTrainable
+
+    adapter = _adapter(jobs)
+    with tempfile.TemporaryDirectory(prefix="lora-sweeps-tune-", ignore_cleanup_errors=True) as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(PackTrainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
+            tune_config=tune.TuneConfig(
+                search_alg=adapter, num_samples=-1, reuse_actors=True, max_concurrent_trials=None
+            ),
+            run_config=tune.RunConfig(storage_path=scratch, name="jobs", verbose=0, log_to_file=False),
+        )
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        tuner.fit()
+    if adapter.error is not None:
+        raise adapter.error
+
+
+def _adapter(jobs: Jobs) -> Any:
+    from ray.tune.search import Searcher
+
+    class JobSearcher(Searcher):  # type: ignore[misc]
+        """Tune's view of where jobs come from."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: BaseException | None = None
+            self._started: dict[str, tuple[int, float]] = {}
+
+        def suggest(self, trial_id: str) -> Any:
+            try:
+                order = jobs.suggest() if self.error is None else None
+            except Exception as error:
+                # Tune would wrap it in an error of its own; it is raised as it is when Tune is done.
+                self.error, order = error, None
+            if order is None:
+                return Searcher.FINISHED if jobs.finished or self.error else None
+            self._started[trial_id] = (order.job, time.perf_counter())
+            return {"order": order.model_dump_json()}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            job, started_s = self._started.pop(trial_id)
+            if error or result is None or "result" not in result:
+                outcome = JobResult(
+                    job=job, error="worker_died", detail="the worker's process ended before its job did"
+                )
+            else:
+                outcome = JobResult.model_validate_json(result["result"])
+            try:
+                jobs.complete(outcome, wall_s=time.perf_counter() - started_s)
+            except Exception as failure:
+                self.error = failure
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: the ledger is the one truth."""
+
+        def __reduce__(self) -> Any:
+            # Tune pickles its configuration into its experiment state, which nobody reads.
+            return (Searcher, ())
+
+    return JobSearcher()
+
+
+def _guard_local_cluster(token_file: Path) -> None:
+    """Keeps a cluster of our own on loopback, behind a token of its own, whoever shares the machine."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # every listener on 127.0.0.1
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if not token_file.exists():
+        descriptor = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+
+
+def _check_reachable(address: str) -> None:
+    """Tries the head's port first: Ray itself takes minutes to give up."""
+    import socket
+
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"--address must be `auto` or HOST:PORT of a running Ray cluster; {address} does not answer: {error}"
+        ) from error

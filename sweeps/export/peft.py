@@ -1,0 +1,67 @@
+"""PEFT: `adapter_config.json` for `peft.LoraConfig.from_pretrained`, and the optimizer's side in `training.json`.
+
+Keys: PEFT 0.21, `LoraConfig`; transformers 5, `TrainingArguments`, for the names in `training.json` that it has.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lora_core.checkpoint import write_atomically
+from sweeps.export.point import ExportPoint
+
+_INIT = {"kaiming_uniform": True, "gaussian": "gaussian"}
+
+
+def write(point: ExportPoint, directory: Path) -> list[Path]:
+    """Writes the two files and returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {"adapter_config.json": adapter_config(point), "training.json": training(point)}
+    for name, content in files.items():
+        write_atomically(directory / name, (json.dumps(content, indent=2) + "\n").encode())
+    return [directory / name for name in files]
+
+
+def adapter_config(point: ExportPoint) -> dict[str, Any]:
+    """The keyword arguments of `peft.LoraConfig`."""
+    targets = point.spec.lora.target_modules
+    return {
+        "peft_type": "LORA",
+        "r": point.point.rank,
+        "lora_alpha": _whole(point.alpha),
+        "use_rslora": point.spec.lora.rslora,
+        "init_lora_weights": _INIT[point.spec.lora.init],
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def training(point: ExportPoint) -> dict[str, Any]:
+    """What PEFT's config has no place for: the optimizer and its schedule, in the same gauge."""
+    a, b, train = point.point.a, point.point.b, point.spec.train
+    adam = {"adam_beta1": train.betas[0], "adam_beta2": train.betas[1], "adam_epsilon": a.eps}
+    separate = {"learning_rate_B": b.lr, "weight_decay_B": b.weight_decay, "adam_epsilon_B": b.eps} if a != b else {}
+    return {
+        "note": "Exact in this gauge only: with another alpha, learning_rate, weight_decay and epsilon move too.",
+        "optimizer": train.optimizer,
+        "learning_rate": a.lr,
+        "weight_decay": a.weight_decay,
+        **({"momentum": train.momentum} if train.optimizer == "sgd" else adam),
+        **separate,
+        "max_grad_norm": point.point.clip_norm or 0.0,
+        "lr_scheduler_type": train.schedule,
+        "warmup_steps": train.warmup_steps,
+        "max_steps": train.steps,
+        "per_device_train_batch_size": train.batch_size,
+        "seed": train.seed,
+        "dtype": train.dtype,
+        "reached": point.metrics,
+        "from": {"sweep": point.sweep, "trial": point.trial, "class": point.class_id},
+    }
+
+
+def _whole(alpha: float) -> float | int:
+    return int(alpha) if alpha.is_integer() else alpha

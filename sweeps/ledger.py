@@ -1,0 +1,176 @@
+"""The one truth about sweeps: an append-only list of events in a database.
+
+SQLite by default (WAL, synchronous=FULL, so that what was appended survives a power cut); PostgreSQL by URL. Studies, MLflow
+and reports are projections of it and can be made again at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from sweeps.errors import StateError, SweepNotFoundError
+from sweeps.events import EVENT, Event, SweepCreated
+
+_METADATA = sa.MetaData()
+
+_SWEEPS = sa.Table(
+    "sweeps",
+    _METADATA,
+    sa.Column("id", sa.String(80), primary_key=True),
+    sa.Column("name", sa.String(64), nullable=False, index=True),
+    sa.Column("created_at_s", sa.Float, nullable=False),
+)
+
+_EVENTS = sa.Table(
+    "events",
+    _METADATA,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("sweep", sa.String(80), sa.ForeignKey("sweeps.id"), nullable=False),
+    sa.Column("kind", sa.String(32), nullable=False),
+    sa.Column("at_s", sa.Float, nullable=False),
+    sa.Column("payload", sa.Text, nullable=False),
+    sa.Index("events_of_sweep", "sweep", "seq"),
+)
+
+_BUSY_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event with its place.
+
+    Attributes:
+        seq: its number in the ledger; later events have larger ones.
+        at_s: when it was appended, in seconds since the epoch.
+        event: what happened.
+    """
+
+    seq: int
+    at_s: float
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class SweepName:
+    """A sweep as it is listed."""
+
+    id: str
+    name: str
+    created_at_s: float
+
+
+class Ledger:
+    """Appends and reads events. Safe to use from several threads and processes at once."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database at an SQLAlchemy URL, making its tables where they are missing.
+
+        Raises:
+            StateError: the database cannot be opened or written.
+        """
+        self.url = url
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                sa.event.listen(self._engine, "connect", _set_sqlite_pragmas)
+            _METADATA.create_all(self._engine)
+        except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+            raise StateError(
+                f"the ledger must be a database that can be written; {_hide_password(url)} cannot: {_first_line(error)}"
+            ) from error
+
+    @classmethod
+    def in_directory(cls, home: Path) -> Ledger:
+        """Opens the ledger file of a state directory."""
+        path = home / "ledger.db"
+        ledger = cls(f"sqlite:///{path}")
+        os.chmod(path, 0o600)
+        return ledger
+
+    def create(self, sweep: str, created: SweepCreated) -> None:
+        """Enters a new sweep with its first event."""
+        with self._writing() as connection:
+            connection.execute(_SWEEPS.insert().values(id=sweep, name=created.name, created_at_s=time.time()))
+            connection.execute(_EVENTS.insert(), [_row(sweep, created)])
+
+    def append(self, sweep: str, events: Iterable[Event]) -> None:
+        """Appends events in one transaction: a reader sees all of them or none."""
+        rows = [_row(sweep, event) for event in events]
+        if rows:
+            with self._writing() as connection:
+                connection.execute(_EVENTS.insert(), rows)
+
+    def read(self, sweep: str, *, after: int = 0) -> list[Record]:
+        """The events of a sweep in order, from those after a sequence number on."""
+        query = (
+            sa.select(_EVENTS.c.seq, _EVENTS.c.at_s, _EVENTS.c.payload)
+            .where(_EVENTS.c.sweep == sweep, _EVENTS.c.seq > after)
+            .order_by(_EVENTS.c.seq)
+        )
+        with self._engine.connect() as connection:
+            return [Record(seq, at_s, EVENT.validate_json(payload)) for seq, at_s, payload in connection.execute(query)]
+
+    def sweeps(self) -> list[SweepName]:
+        """All sweeps, oldest first."""
+        query = sa.select(_SWEEPS.c.id, _SWEEPS.c.name, _SWEEPS.c.created_at_s).order_by(_SWEEPS.c.created_at_s)
+        with self._engine.connect() as connection:
+            return [SweepName(*row) for row in connection.execute(query)]
+
+    def find(self, sweep: str) -> SweepName:
+        """The sweep with this id, else the latest with this name, else, for `last`, the latest of all.
+
+        Raises:
+            SweepNotFoundError: there is none.
+        """
+        known = self.sweeps()
+        by_id = [found for found in known if found.id == sweep]
+        by_name = [found for found in known if found.name == sweep]
+        candidates = by_id or by_name or (known if sweep == "last" else [])
+        if candidates:
+            return candidates[-1]
+        latest = ", ".join(found.id for found in reversed(known[-5:]))
+        raise SweepNotFoundError(
+            f"a sweep must be named by its id, its name or `last`; found {sweep!r}; "
+            + (f"the latest are {latest}" if latest else "there are none yet: start one with `lora-sweeps run SPEC`")
+        )
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except sa.exc.OperationalError as error:
+            raise StateError(
+                f"the ledger must be writable; {_hide_password(self.url)} is not: {_first_line(error)}; "
+                "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
+            ) from error
+
+
+def _row(sweep: str, event: Event) -> dict[str, object]:
+    return {"sweep": sweep, "kind": event.kind, "at_s": time.time(), "payload": event.model_dump_json()}
+
+
+def _set_sqlite_pragmas(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_TIMEOUT_S * 1000}"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _hide_password(url: str) -> str:
+    return sa.make_url(url).render_as_string(hide_password=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).splitlines()[0]

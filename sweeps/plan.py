@@ -1,0 +1,184 @@
+"""What would run, before it runs: the reduction's accounting, trials, rungs, packs, and what they cost.
+
+K   members to a pack
+rungs r_1 < ... < r_m: member-steps expected of successive halving by factor f are
+    trials (r_1 + sum over i >= 2 of (r_i - r_{i-1}) / f**(i-1))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, TrialSpace
+from sweeps.reduction import Reduction
+from sweeps.spec import SweepSpec
+
+_DEFAULT_TRIALS = 64
+_LARGEST_AUTO_PACK = 64
+_PACKS_TO_LEARN_FROM = 8
+"""An automatic pack leaves the sampler at least so many rounds to learn in."""
+
+
+class Outside(BaseModel):
+    """What part of the user's space the search does not reach."""
+
+    model_config = ConfigDict(frozen=True)
+
+    share: float
+    """Between 0 and 1, of the space as the user wrote it, log-uniform in its ranges."""
+    explanation: str
+
+
+class Plan(BaseModel):
+    """What would run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    optimizer: str
+    law: str
+    """What a factor k on alpha is the same as, in words."""
+    reference_alpha: str
+    configurations: int | None
+    """Of the space as the user wrote it; None where it is continuous."""
+    classes: int | None
+    """Groups of configurations that are one training run; None where the space is continuous."""
+    dimensions: Mapping[str, tuple[str, ...]]
+    """`before` and `after` the reduction."""
+    space: tuple[dict[str, Any], ...]
+    """What the sampler searches: each dimension with its values, or its bounds."""
+    method: str
+    trials: int
+    rungs: tuple[int, ...]
+    """Steps at which trials report."""
+    pack: int
+    """Members to a pack."""
+    workers: int
+    member_steps: int
+    """Steps of training expected, summed over members; a pruned trial does not take all of its own."""
+    certificates: int
+    """Classes whose twins are trained."""
+    seconds: float | None
+    """Training time expected on all workers together; None where it has not been measured."""
+    outside: Outside
+    warnings: tuple[str, ...]
+
+
+def trial_space(spec: SweepSpec, reduction: Reduction) -> TrialSpace:
+    """Where the trials of a spec come from."""
+    return ClassGrid(reduction) if spec.search.method == "grid" else CanonicalSpace.of(spec, reduction)
+
+
+def make_plan(
+    spec: SweepSpec,
+    reduction: Reduction,
+    *,
+    workers: int,
+    most_members: int,
+    seconds_per_member_step: float | None = None,
+) -> Plan:
+    """Plans a sweep.
+
+    Args:
+        spec: the sweep's spec.
+        reduction: its reduction.
+        workers: how many jobs can run at once.
+        most_members: the largest pack that a worker's memory holds.
+        seconds_per_member_step: measured on this machine, of a full pack; None where it was not.
+    """
+    canonical = CanonicalSpace.of(spec, reduction)
+    grid = spec.search.method == "grid"
+    classes = len(reduction.classes) if reduction.classes is not None else None
+    distinct = classes if grid else canonical.size
+    trials = spec.search.trials or (distinct if grid and distinct else _DEFAULT_TRIALS)
+    trials = min(trials, distinct) if distinct else trials
+    rungs = spec.search.rungs(spec.train.steps)
+    pack = _pack_size(spec, trials, workers, most_members)
+    member_steps = _member_steps(spec, trials, rungs)
+    return Plan(
+        optimizer=spec.train.optimizer,
+        law=reduction.law.describe(),
+        reference_alpha=str(reduction.reference),
+        configurations=reduction.space.size,
+        classes=classes,
+        dimensions={
+            "before": reduction.space.searched,
+            "after": tuple(dimension.name for dimension in canonical.dimensions),
+        },
+        space=tuple(_describe(dimension) for dimension in canonical.dimensions),
+        method=spec.search.method,
+        trials=trials,
+        rungs=rungs,
+        pack=pack,
+        workers=workers,
+        member_steps=member_steps,
+        certificates=spec.certify.classes if reduction.eliminated else 0,
+        seconds=None if seconds_per_member_step is None else member_steps * seconds_per_member_step / workers,
+        outside=_outside(spec, canonical),
+        warnings=tuple(_warnings(spec, reduction, trials, distinct)),
+    )
+
+
+def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int) -> int:
+    """The pack size of the spec; automatic: the largest power of two that memory, the sampler and the workers like."""
+    if spec.compute.pack != "auto":
+        return min(spec.compute.pack, trials)
+    rounds = 1 if spec.search.method in ("grid", "random") else _PACKS_TO_LEARN_FROM
+    wanted = max(1, min(most_members, trials // max(rounds, workers), _LARGEST_AUTO_PACK))
+    return int(2 ** math.floor(math.log2(wanted)))
+
+
+def _member_steps(spec: SweepSpec, trials: int, rungs: tuple[int, ...]) -> int:
+    pruner = spec.search.pruner
+    factor = {"successive_halving": getattr(pruner, "reduction_factor", 1), "median": 2}.get(pruner.type, 1)
+    stretches = zip((0, *rungs), rungs, strict=False)
+    return sum(round(max(1.0, trials / factor**i) * (stop - start)) for i, (start, stop) in enumerate(stretches))
+
+
+def _describe(dimension: Dimension) -> dict[str, Any]:
+    if isinstance(dimension, Continuous):
+        distribution = "log_uniform" if dimension.log else "uniform"
+        return {"name": dimension.name, "min": dimension.low, "max": dimension.high, "distribution": distribution}
+    return {"name": dimension.name, "values": list(dimension.values)}
+
+
+def _outside(spec: SweepSpec, canonical: CanonicalSpace) -> Outside:
+    if spec.search.method == "grid":
+        return Outside(share=0.0, explanation="a grid trains every class")
+    share = canonical.share_outside()
+    if not canonical.reduction.eliminated:
+        explanation = "nothing was eliminated, so the space is searched as it stands"
+    elif canonical.widened:
+        explanation = "the ranges are widened to reach every corner that alpha did"
+    else:
+        explanation = (
+            f"the ranges stand at alpha = {canonical.reduction.reference}; the rest of the space as written needs lr or "
+            "init_scale beyond them (reduction.ranges: widen searches it too, at 1.5 to 2 times the trials)"
+        )
+    return Outside(share=share, explanation=explanation)
+
+
+def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int | None) -> list[str]:
+    found = [reduction.stuck] if reduction.stuck else []
+    searched = reduction.space.searched
+    if "alpha" in reduction.eliminated and "init_scale" not in searched and not reduction.two_parameter:
+        found.append(
+            "alpha is searched and init_scale is not: alpha was a knob for the init scale, which is searched in its place"
+        )
+    if not reduction.travel and "alpha" in searched:
+        constants = [name for name, on in (("eps", reduction.law.has_eps), ("clip_norm", reduction.clip_norm)) if on]
+        if constants:
+            found.append(
+                f"constants: fixed reads {' and '.join(constants)} literally, so configurations of different alpha are twins "
+                "but for that and stay apart"
+            )
+    if "lr_ratio" in searched and reduction.clip_norm is not None:
+        found.append("clip_norm ties A and B together, so lr_ratio eliminates alpha only, and init_scale stays")
+    if spec.search.trials and distinct and spec.search.trials > distinct:
+        found.append(
+            f"search.trials is {spec.search.trials}, but there are only {distinct} different runs: {trials} trials"
+        )
+    return found

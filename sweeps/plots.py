@@ -1,0 +1,136 @@
+"""The report's two plots, as SVG: the search, and twins over their representatives. The only file that imports matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from sweeps.collapse import Certificate, TwinVerdict
+from sweeps.space import Configuration
+
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "lora-sweeps",  # the same plot is the same text
+    "legend.frameon": False,
+}
+_MARKERS = {"finished": "o", "pruned": "v"}
+_TWIN_COLOURS = ("#d1495b", "#edae49", "#00798c", "#7768ae", "#30638e", "#8d6a9f", "#4f772d", "#bc4749")
+
+Point = tuple[Configuration, str, float | None]
+
+
+def search(points: Sequence[Point], *, metric: str, goal: str) -> str:
+    """Learning rate against init scale, coloured by the objective, a panel a rank.
+
+    Args:
+        points: canonical point, state and value of each trial; one without a value is a cross.
+        metric: what the colour is, with its unit.
+        goal: `minimize` or `maximize`: which end is marked as the best.
+
+    Returns:
+        An SVG element.
+    """
+    ranks = sorted({configuration.rank for configuration, _, _ in points})
+    values = [value for _, _, value in points if value is not None]
+    if not values:
+        return ""
+    norm = LogNorm(min(values), max(values)) if min(values) > 0 else Normalize(min(values), max(values))
+    choose = min if goal == "minimize" else max
+    finished = [point for point in points if point[1] == "finished" and point[2] is not None]
+    best = choose(finished, key=lambda point: point[2] or 0.0, default=None)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(ranks) + 1.2, 3.2), layout="constrained")
+        axes = figure.subplots(1, len(ranks), sharex=True, sharey=True, squeeze=False)[0]
+        shown: Any = None
+        for axis, rank in zip(axes, ranks, strict=True):
+            here = [point for point in points if point[0].rank == rank]
+            shown = _scatter(axis, here, norm, goal) or shown
+            if best is not None and best[0].rank == rank:
+                axis.scatter(
+                    best[0].lr, best[0].init_scale, marker="o", s=160, facecolors="none", edgecolors="#d1495b", lw=1.6
+                )
+            axis.set(xscale="log", yscale="log", title=f"rank {rank}", xlabel="learning rate")
+        axes[0].set_ylabel("init scale (factor on the default)")
+        figure.colorbar(shown, ax=list(axes), label=metric)
+        return _svg(figure, "Learning rate against init scale, coloured by the objective, one panel a rank")
+
+
+def twins(certificates: Sequence[Certificate]) -> str:
+    """Loss of every twin over its representative's, and below how far they are apart, a column a certificate.
+
+    Returns:
+        An SVG element; empty where there are no certificates.
+    """
+    if not certificates:
+        return ""
+    with mpl.rc_context(_STYLE):
+        size = (3.1 * len(certificates) + 0.8, 4.4)
+        figure = Figure(figsize=size, layout="constrained")
+        rows = figure.subplots(2, len(certificates), squeeze=False, sharex="col", height_ratios=(2, 1))
+        for column, certificate in enumerate(certificates):
+            _twin_losses(rows[0][column], certificate)
+            _twin_distances(rows[1][column], certificate)
+        rows[0][0].set_ylabel("training loss (nats)")
+        rows[1][0].set_ylabel("relative distance")
+        return _svg(figure, "Training loss of twins over their representatives, and the distance between them")
+
+
+def _scatter(axis: Any, points: Sequence[Point], norm: Any, goal: str) -> Any:
+    shown = None
+    for state, marker in _MARKERS.items():
+        measured = [(c.lr, c.init_scale, value) for c, s, value in points if s == state and value is not None]
+        if measured:
+            lrs, init_scales, values = zip(*measured, strict=True)
+            cmap = "viridis_r" if goal == "maximize" else "viridis"
+            size = 42 if state == "finished" else 18
+            shown = axis.scatter(lrs, init_scales, c=values, norm=norm, cmap=cmap, marker=marker, s=size)
+    lost = [(c.lr, c.init_scale) for c, s, _ in points if s in ("diverged", "failed")]
+    if lost:
+        axis.scatter(*zip(*lost, strict=True), marker="x", color="#888888", s=24)
+    return shown
+
+
+def _twin_losses(axis: Any, certificate: Certificate) -> None:
+    steps = range(1, len(certificate.losses) + 1)
+    representative = certificate.representative
+    axis.plot(steps, certificate.losses, color="#cccccc", lw=6, label=f"alpha {representative.alpha:g} (trained)")
+    for twin, colour in zip(certificate.twins, _TWIN_COLOURS, strict=False):
+        label = f"alpha {twin.configuration.alpha:g}"
+        axis.plot(range(1, len(twin.losses) + 1), twin.losses, color=colour, lw=1.1, ls=(0, (4, 3)), label=label)
+    axis.set(title=representative.label())
+    axis.legend(fontsize=7)
+
+
+def _twin_distances(axis: Any, certificate: Certificate) -> None:
+    exact = []
+    for twin, colour in zip(certificate.twins, _TWIN_COLOURS, strict=False):
+        if twin.verdict == "bit-identical":
+            exact.append(f"{twin.configuration.alpha:g}")
+            continue
+        axis.plot(*zip(*_distances(certificate, twin), strict=True), color=colour, lw=1.1)
+    axis.set(yscale="log", xlabel="step")
+    if len(exact) == len(certificate.twins):
+        axis.set(ylim=(1e-9, 1e-3), yticks=[])
+    if exact:
+        text = f"alpha {', '.join(exact)}: exactly 0"
+        axis.text(0.02, 0.95, text, transform=axis.transAxes, va="top", fontsize=7)
+
+
+def _distances(certificate: Certificate, twin: TwinVerdict) -> list[tuple[int, float]]:
+    """(step, relative distance of the losses); steps where they are equal would be lost on a log axis and are floored."""
+    pairs = zip(certificate.losses, twin.losses, strict=False)
+    return [(step, max(abs(a - b) / (abs(a) or 1.0), 1e-9)) for step, (a, b) in enumerate(pairs, start=1)]
+
+
+def _svg(figure: Figure, description: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": description})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

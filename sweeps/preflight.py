@@ -1,0 +1,129 @@
+"""Looks at the model and the data before anything is started: what only they can tell of a spec."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_core import cost
+from lora_core.adapter import LoraBank, Member
+from lora_core.optimizers import PackOptimizer
+from lora_core.targets import NoTargetError, find_targets
+from lora_core.train import train_pack
+from sweeps.errors import SpecError
+from sweeps.reduction import Reduction
+from sweeps.space import Configuration, SearchSpace
+from sweeps.spec import SpecDocument, SweepSpec
+from sweeps.tasks import Task, load_task
+from sweeps.training import losses_of, optimizer_of, schedule_of
+
+_TIMED_LR = 1e-6
+"""Small enough for any model to stay finite; what a step costs does not depend on it."""
+
+_TIMED_STEPS = 10
+_WARM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A spec's task, loaded and found fit.
+
+    Attributes:
+        task: loaded on this machine.
+        layers: (input width, output width) of each target layer.
+        workers: jobs that can run at once on this machine.
+    """
+
+    task: Task
+    layers: dict[str, tuple[int, int]]
+    workers: int
+
+
+def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Preflight:
+    """Loads a spec's task and holds the spec against it.
+
+    Raises:
+        SpecError: target modules, ranks or batch size that the model or the data cannot serve.
+    """
+    spec = document.spec
+    task = load_task(spec, cache=cache, device=torch.device("cpu"))
+    try:
+        targets = find_targets(task.model, spec.lora.target_modules)
+    except NoTargetError as error:
+        required = "names of linear layers of the model"
+        raise document.error("lora.target_modules", required, _found(spec), str(error)) from None
+    layers = {name: (layer.in_features, layer.out_features) for name, layer in targets.items()}
+    faults = []
+    narrowest = min(layers, key=lambda name: min(layers[name]))
+    width = min(layers[narrowest])
+    if max(reduction.space.ranks) > width:
+        required = f"ranks of at most {width}, the width of {narrowest}"
+        faults.append(document.fault("parameters.rank", required, str(max(reduction.space.ranks))))
+    if spec.train.batch_size > task.n_samples:
+        required = f"at most {task.n_samples}, the number of training samples"
+        faults.append(document.fault("train.batch_size", required, str(spec.train.batch_size)))
+    if faults:
+        raise SpecError(document.source, tuple(faults))
+    return Preflight(task, layers, workers=local_workers(spec))
+
+
+def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, pack: int) -> float:
+    """Measures a full pack's step on this machine, one thread, and shares it out among its members, in seconds."""
+    rank = max(reduction.space.ranks)
+    configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR)
+    members = [Member(reduction.point(configuration), spec.train.seed)] * pack
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
+            optimizer, losses_K = PackOptimizer(bank, optimizer_of(spec)), losses_of(spec, task, members=pack)
+            stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
+            ticks = [time.perf_counter()]
+            for _ in train_pack(bank, optimizer, losses_K, start=0, stop=stop, schedule=schedule_of(spec)):
+                ticks.append(time.perf_counter())
+    finally:
+        torch.set_num_threads(threads)
+    steps = sorted(after - before for before, after in zip(ticks, ticks[1:], strict=False))
+    return steps[len(steps) // 2] / pack
+
+
+def local_workers(spec: SweepSpec) -> int:
+    """How many jobs this machine runs at once: one a GPU, or one a core where there is no GPU."""
+    if spec.compute.workers != "auto":
+        return spec.compute.workers
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def _found(spec: SweepSpec) -> str:
+    targets = spec.lora.target_modules
+    return repr(targets) if isinstance(targets, str) else ", ".join(targets)
+
+
+def most_members(spec: SweepSpec, fit: Preflight) -> int:
+    """The largest pack that a worker's share of this machine's memory holds, at least 1."""
+    linear = {name: m for name, m in fit.task.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    widths = {name: (layer.in_features, layer.out_features) for name, layer in linear.items()}
+    momentum = "+momentum" if spec.train.momentum else ""
+    parameters = [*fit.task.model.parameters(), *fit.task.model.buffers()]
+    itemsize = getattr(torch, spec.train.dtype).itemsize
+    member = cost.member_bytes(
+        cost.layer_shapes(widths, set(fit.layers)),
+        rank=max(SearchSpace.of(spec).ranks),
+        rows=fit.task.most_rows(spec.train.batch_size),
+        optimizer=f"{spec.train.optimizer}{momentum}",
+        adapter_itemsize=max(4, itemsize),
+        activation_itemsize=itemsize,
+    )
+    base_bytes = sum(tensor.numel() * tensor.itemsize for tensor in parameters)
+    return max(1, cost.pack_limit(_worker_memory_bytes(fit.workers), base_bytes=base_bytes, member=member))
+
+
+def _worker_memory_bytes(workers: int) -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // (workers + 1)  # one share is the driver's

@@ -1,0 +1,196 @@
+"""Folds a sweep's events into what is known of it now: its trials, its jobs, its certificates, its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sweeps.events import (
+    Certified,
+    Delivered,
+    DriverStarted,
+    JobEnded,
+    JobStarted,
+    MemberDiverged,
+    ReportWritten,
+    RungReported,
+    SweepCreated,
+    SweepEnded,
+    SweepState,
+    TrialAsked,
+    TrialState,
+    TrialTold,
+)
+from sweeps.ledger import Ledger, Record
+from sweeps.space import Configuration
+from sweeps.spec import SweepSpec
+
+
+@dataclass(slots=True)
+class TrialRecord:
+    """One canonical point, and how far its training has come.
+
+    Attributes:
+        number: its number in the study.
+        values: what the sampler chose.
+        configuration: the canonical point.
+        class_id: its class.
+        duplicate_of: the trial that is trained in its place; None for a trial of its own.
+        sampler_attrs: the sampler's notes on it.
+        state: `waiting` until it has come to its end.
+        value: the objective at its end; None where it never reported a finite one.
+        reason: why it was pruned, diverged or failed.
+        rungs: what it reported, oldest first.
+        asked_at_s, told_at_s: seconds since the epoch.
+    """
+
+    number: int
+    values: dict[str, float]
+    configuration: Configuration
+    class_id: str
+    duplicate_of: int | None
+    sampler_attrs: dict[str, Any]
+    asked_at_s: float
+    state: TrialState | Literal["waiting"] = "waiting"
+    value: float | None = None
+    reason: str = ""
+    told_at_s: float | None = None
+    rungs: list[RungReported] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps of training behind it."""
+        return self.rungs[-1].step if self.rungs else 0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the task measured at the last rung."""
+        return self.rungs[-1].metrics if self.rungs else {}
+
+
+@dataclass(slots=True)
+class SweepRecord:
+    """All that the ledger says of one sweep.
+
+    Attributes:
+        id: the sweep's id.
+        created: its first event.
+        created_at_s: seconds since the epoch.
+        trials: by number.
+        jobs_started, jobs_ended: by number; a job that was started and not ended was lost with its driver.
+        certificates: in the order they were made.
+        ended: the last word of the last driver; None while one drives, or after one was killed.
+        seconds: where the drivers' time went, by stage, summed over them.
+        report_directory: where the latest report lies.
+        delivered: MLflow has every event up to this one.
+        experiment_id, parent_run_id: the sweep's in MLflow, once it is there.
+        trial_run_ids: the trials' runs in MLflow.
+        last_seq: number of the last event.
+    """
+
+    id: str
+    created: SweepCreated
+    created_at_s: float
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    jobs_started: dict[int, JobStarted] = field(default_factory=dict)
+    jobs_ended: dict[int, JobEnded] = field(default_factory=dict)
+    certificates: list[dict[str, Any]] = field(default_factory=list)
+    ended: SweepEnded | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    report_directory: str | None = None
+    delivered: int = 0
+    experiment_id: str | None = None
+    parent_run_id: str | None = None
+    trial_run_ids: dict[int, str] = field(default_factory=dict)
+    last_seq: int = 0
+
+    @property
+    def spec(self) -> SweepSpec:
+        """The resolved spec."""
+        return SweepSpec.model_validate(self.created.spec)
+
+    @property
+    def state(self) -> SweepState | Literal["running"]:
+        """`running` also where the driver was killed before it could say otherwise."""
+        return self.ended.state if self.ended else "running"
+
+    @property
+    def trained(self) -> list[TrialRecord]:
+        """The trials that are trained themselves: all but duplicates."""
+        return [trial for trial in self.trials.values() if trial.duplicate_of is None]
+
+    def counts(self) -> dict[str, int]:
+        """Trials by state."""
+        states = [trial.state for trial in self.trained]
+        return {state: states.count(state) for state in ("finished", "pruned", "diverged", "failed", "waiting")}
+
+    def ranked(self) -> list[TrialRecord]:
+        """Finished trials, best first; equal values in the order they were asked."""
+        sign = 1 if self.spec.metric.goal == "minimize" else -1
+        finished = [trial for trial in self.trained if trial.state == "finished" and trial.value is not None]
+        return sorted(finished, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The best finished trial."""
+        ranked = self.ranked()
+        return ranked[0] if ranked else None
+
+
+def read_sweep(ledger: Ledger, sweep: str) -> SweepRecord:
+    """Reads a sweep from the ledger by its id."""
+    return fold(sweep, ledger.read(sweep))
+
+
+def fold(sweep: str, records: Iterable[Record]) -> SweepRecord:
+    """Folds events, in order, into a record."""
+    iterator = iter(records)
+    first = next(iterator)
+    assert isinstance(first.event, SweepCreated), "a sweep's first event says that it was created"
+    state = SweepRecord(sweep, first.event, first.at_s, last_seq=first.seq)
+    for record in iterator:
+        _apply(state, record)
+        state.last_seq = record.seq
+    return state
+
+
+def _apply(state: SweepRecord, record: Record) -> None:
+    match record.event:
+        case TrialAsked() as asked:
+            state.trials[asked.trial] = TrialRecord(
+                number=asked.trial,
+                values=asked.values,
+                configuration=asked.configuration,
+                class_id=asked.class_id,
+                duplicate_of=asked.duplicate_of,
+                sampler_attrs=asked.sampler_attrs,
+                asked_at_s=record.at_s,
+            )
+        case JobStarted() as started:
+            state.jobs_started[started.job] = started
+        case RungReported() as reported:
+            state.trials[reported.trial].rungs.append(reported)
+        case JobEnded() as ended:
+            state.jobs_ended[ended.job] = ended
+        case TrialTold() as told:
+            trial = state.trials[told.trial]
+            trial.state, trial.value, trial.reason, trial.told_at_s = told.state, told.value, told.reason, record.at_s
+        case Certified() as certified:
+            state.certificates.append(certified.certificate)
+        case DriverStarted():
+            state.ended = None
+        case SweepEnded() as ended_sweep:
+            state.ended = ended_sweep
+            for stage, seconds in ended_sweep.seconds.items():
+                state.seconds[stage] = state.seconds.get(stage, 0.0) + seconds
+        case ReportWritten() as written:
+            state.report_directory = written.directory
+        case Delivered() as delivered:
+            state.delivered = delivered.up_to
+            state.experiment_id, state.parent_run_id = delivered.experiment_id, delivered.parent_run_id
+            state.trial_run_ids.update(delivered.trial_run_ids)
+        case MemberDiverged():
+            pass  # told as an ending of its own
+        case SweepCreated():
+            raise AssertionError("a sweep is created once")

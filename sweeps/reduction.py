@@ -1,0 +1,344 @@
+"""From the user's search space to the space without alpha: which configurations are one training run.
+
+    k       alpha / reference alpha at the same rank (so also the ratio of the scalings)
+    (a, b)  the gauge from the reference to a configuration: a = b = sqrt(k) with one learning rate (the *shared* gauge);
+            a = reference init scale / init scale, b = k / a where lr_ratio is searched too (the *two-parameter* gauge)
+
+Configurations of a finite space are grouped by exact rational invariants, never by a tolerance. The canonical point of a
+class is its member at the reference alpha.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import product
+
+from lora_core.gauge import (
+    AlphaRule,
+    ExactInvariants,
+    FactorSettings,
+    Gauge,
+    OptimizerLaw,
+    Point,
+    exact,
+    gauge_to,
+    law_of,
+    regauge,
+    scaling_of,
+    scaling_squared_of,
+)
+from sweeps.space import Configuration, SearchSpace, alpha_rule
+from sweeps.spec import Choice, Range, SweepSpec
+
+Key = tuple[object, ...]
+
+MOST_CONFIGURATIONS = 2_000_000
+"""A finite space larger than this is not enumerated."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigurationClass:
+    """All configurations of a finite space that are one training run.
+
+    Attributes:
+        id: short name made from the invariants: the same class has the same name in every sweep.
+        members: indices of its configurations in the search space.
+        reduction: the reduction it is part of.
+    """
+
+    id: str
+    members: tuple[int, ...]
+    reduction: Reduction
+
+    @property
+    def configurations(self) -> Iterator[Configuration]:
+        """The members themselves."""
+        return map(self.reduction.space.configuration, self.members)
+
+    @property
+    def representative(self) -> Configuration:
+        """The configuration that is trained: a member at the reference alpha, else the class's canonical point.
+
+        Where the constants are read literally, a member alone in its class is trained as it stands.
+        """
+        reduction, first = self.reduction, next(self.configurations)
+        at_reference = (c for c in self.configurations if c.alpha == reduction.reference.at(c.rank))
+        merged = "alpha" in reduction.eliminated and (reduction.travel or len(self.members) > 1)
+        return next(at_reference, None) or (reduction.canonical(first) if merged else first)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A search space with alpha eliminated, as far as the optimizer's law and the spec's dimensions let it be.
+
+    Attributes:
+        space: the user's dimensions.
+        law: the optimizer's law.
+        reference: alpha in which canonical points are written, as the user's own rule where the spec has one.
+        reference_init_scale: c in which canonical points are written; None where init scale is not eliminated.
+        eliminated: names of the dimensions that are not searched because they are a gauge.
+        rslora: whether the scaling is alpha / sqrt(r).
+        travel: whether eps, weight decay and clip norm move with alpha (`constants: travel`) or are read literally.
+        eps: as stated in the spec.
+        clip_norm: as stated in the spec.
+        stuck: why configurations of different alpha stay apart although a law exists; None where they do not.
+    """
+
+    space: SearchSpace
+    law: OptimizerLaw
+    reference: AlphaRule
+    reference_init_scale: float | None
+    eliminated: tuple[str, ...]
+    rslora: bool
+    travel: bool
+    eps: float
+    clip_norm: float | None
+    stuck: str | None
+
+    @classmethod
+    def of(cls, spec: SweepSpec) -> Reduction:
+        """Derives the reduction of a spec.
+
+        Raises:
+            NoLawError: the optimizer has no law.
+        """
+        space = SearchSpace.of(spec)
+        law = law_of(spec.train.optimizer)
+        travel = spec.reduction.constants == "travel"
+        eliminated, stuck = _eliminated(space, clipped=spec.train.clip_norm is not None)
+        held_init = "init_scale" in eliminated
+        return cls(
+            space=space,
+            law=law,
+            reference=_reference(space),
+            reference_init_scale=_middle(space.init_scale) if held_init else None,
+            eliminated=eliminated,
+            rslora=spec.lora.rslora,
+            travel=travel,
+            eps=spec.train.eps,
+            clip_norm=spec.train.clip_norm,
+            stuck=stuck,
+        )
+
+    @property
+    def two_parameter(self) -> bool:
+        """Whether A and B have gauges of their own, because lr_ratio is searched and nothing clips them together."""
+        return "lr_ratio" in self.space.searched and self.clip_norm is None
+
+    # -- motion within a class
+
+    def point(self, configuration: Configuration) -> Point:
+        """What training sees of a configuration: its scaling, and its optimizer constants moved from the reference."""
+        stated = Point(
+            rank=configuration.rank,
+            scaling=self._scaling(self.reference.at(configuration.rank), configuration.rank),
+            init_scale=1.0,
+            a=FactorSettings(0.0, self.eps, configuration.weight_decay),
+            b=FactorSettings(0.0, self.eps, configuration.weight_decay),
+            clip_norm=self.clip_norm,
+        )
+        moved = regauge(stated, self._gauge_of(configuration), self.law) if self.travel else stated
+        return replace(
+            moved,
+            scaling=self._scaling(configuration.alpha, configuration.rank),
+            init_scale=configuration.init_scale,
+            a=replace(moved.a, lr=configuration.lr),
+            b=replace(moved.b, lr=configuration.lr * configuration.lr_ratio),
+        )
+
+    def canonical(self, configuration: Configuration) -> Configuration:
+        """The member of the configuration's class at the reference alpha (and init scale, where that is a gauge too)."""
+        return self.lift(configuration, self.reference.at(configuration.rank), self.reference_init_scale)
+
+    def lift(self, configuration: Configuration, alpha: float, init_scale: float | None = None) -> Configuration:
+        """The member of the configuration's class at another alpha.
+
+        Args:
+            configuration: any member of the class.
+            alpha: of the member that is wanted.
+            init_scale: of the member that is wanted; None keeps the shared gauge, or, in the two-parameter gauge, the
+                configuration's own init scale.
+        """
+        old = self.point(configuration)
+        if self.two_parameter and init_scale is None:
+            init_scale = configuration.init_scale
+        gauge = gauge_to(old, self._scaling(alpha, configuration.rank), init_scale)
+        new = regauge(replace(old, clip_norm=None), gauge, self.law)
+        return replace(
+            configuration,
+            alpha=alpha,
+            lr=new.a.lr,
+            init_scale=new.init_scale if init_scale is None else init_scale,
+            lr_ratio=configuration.lr_ratio * (gauge.a / gauge.b) ** (1 + self.law.degree),
+        )
+
+    def twins(self, configuration: Configuration) -> tuple[Configuration, ...]:
+        """The configuration's class at every alpha the user would have swept (the ends and powers of 4 of a range)."""
+        if "alpha" not in self.eliminated:
+            return ()
+        here = configuration.alpha
+        alphas = sorted({alpha for alpha in self._alphas(configuration.rank) if not math.isclose(alpha, here)})
+        return tuple(self.lift(configuration, alpha) for alpha in alphas)
+
+    def gauge_between(self, configuration: Configuration, twin: Configuration) -> Gauge:
+        """The gauge that leads from one member of a class to another."""
+        old, new = self.point(configuration), self.point(twin)
+        return gauge_to(old, new.scaling, new.init_scale if self.two_parameter else None)
+
+    # -- classes
+
+    @cached_property
+    def classes(self) -> tuple[ConfigurationClass, ...] | None:
+        """Every class of a finite space in the order of its first member; None for a continuous or enormous one."""
+        size = self.space.size
+        if size is None or size > MOST_CONFIGURATIONS:
+            return None
+        groups: dict[Key, list[int]] = {}
+        for index, key in enumerate(self._keys()):
+            groups.setdefault(key, []).append(index)
+        return tuple(self._class(key, members) for key, members in groups.items())
+
+    def members_of(self, class_id: str) -> tuple[Configuration, ...] | None:
+        """The configurations of a class of a finite space; None where the space has no such class or is not finite."""
+        found = self._class_by_id.get(class_id)
+        return None if found is None else tuple(found.configurations)
+
+    @cached_property
+    def _class_by_id(self) -> dict[str, ConfigurationClass]:
+        return {found.id: found for found in self.classes or ()}
+
+    def class_id(self, configuration: Configuration) -> str:
+        """The name of the configuration's class."""
+        rules = (self.reference, *self.space.alpha_rules)
+        rank, alpha = configuration.rank, configuration.alpha
+        rule = next((rule for rule in rules if rule.at(rank) == alpha), None) or AlphaRule.parse(alpha)
+        others = (configuration.lr, configuration.init_scale, configuration.lr_ratio, configuration.weight_decay)
+        (key,) = self._keys_at(rank, rule, tuple((value,) for value in others))
+        return _name(key)
+
+    def _class(self, key: tuple[object, ...], members: list[int]) -> ConfigurationClass:
+        return ConfigurationClass(_name(key), tuple(members), self)
+
+    def _keys(self) -> Iterator[Key]:
+        """The key of every configuration, in index order."""
+        ranks, rules, others = self.space.axes()
+        for rank, rule in product(ranks, rules):
+            yield from self._keys_at(rank, rule, others)
+
+    def _keys_at(self, rank: int, rule: AlphaRule, others: tuple[tuple[float, ...], ...]) -> Iterator[Key]:
+        """Keys of all configurations of one rank and alpha.
+
+        Exact fractions are slow and grids are large, so under the shared gauge each invariant is computed once for a value,
+        and the loop over configurations only joins them.
+        """
+        s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
+        lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
+        if self.two_parameter:
+            for lr, c, ratio, wd in product(lrs, init_scales, ratios, decays):
+                yield (rank, *self._two_parameter_key(lr, c, ratio, wd, s2))
+            return
+        invariants, fixed = self._invariants, not self.travel
+        constants = (_unless_zero(invariants.eps, self.eps, s2), _unless_zero(invariants.clip_norm, self.clip_norm, s2))
+        yield from product(
+            (rank,),
+            [_Hashed(invariants.lr(lr, s2)) for lr in lrs],
+            [_Hashed(invariants.init_scale(c, s2)) for c in init_scales],
+            [_Hashed(ratio) for ratio in ratios],
+            [_Hashed(_unless_zero(invariants.weight_decay, wd, s2) if fixed else wd) for wd in decays],
+            [tuple(map(_Hashed, constants)) if fixed else ()],
+        )
+
+    def _two_parameter_key(self, lr: Fraction, c: Fraction, ratio: Fraction, wd: Fraction, s2: Fraction) -> Key:
+        invariants = self._invariants
+        steps = (invariants.lr_a(lr, c), invariants.lr_b(lr * ratio, c, s2))
+        if self.travel:
+            return (*steps, wd)
+        return (*steps, *invariants.constants_of_both_factors((lr, lr * ratio), exact(self.eps), wd, c, s2))
+
+    @cached_property
+    def _invariants(self) -> ExactInvariants:
+        return ExactInvariants(self.law)
+
+    def _alphas(self, rank: int) -> list[float]:
+        dimension = self.space.alpha
+        if isinstance(dimension, Choice):
+            return [rule.at(rank) for rule in self.space.alpha_rules]
+        reference, found = self.reference.at(rank), [float(dimension.min), float(dimension.max)]
+        steps = int(math.log(dimension.max / dimension.min, 4)) + 1
+        found += [reference * 4.0**power for power in range(-steps, steps + 1)]
+        return [alpha for alpha in found if dimension.min <= alpha <= dimension.max]
+
+    def _scaling(self, alpha: float, rank: int) -> float:
+        return scaling_of(alpha, rank, rslora=self.rslora)
+
+    def _gauge_of(self, configuration: Configuration) -> Gauge:
+        """The gauge from the reference, where the constants are stated, to a configuration."""
+        k = configuration.alpha / self.reference.at(configuration.rank)
+        if not self.two_parameter:
+            return Gauge.of_alpha(k)
+        a = 1.0 if self.reference_init_scale is None else self.reference_init_scale / configuration.init_scale
+        return Gauge(a, k / a)
+
+
+class _Hashed(Fraction):
+    """A fraction that computes its hash once: hashing is what grouping a million keys spends its time on."""
+
+    __slots__ = ("_hash",)
+
+    def __new__(cls, value: Fraction) -> _Hashed:
+        self = super().__new__(cls, value)
+        self._hash = Fraction.__hash__(value)
+        return self
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _unless_zero(
+    invariant: Callable[[Fraction, Fraction], Fraction], constant: Fraction | float | None, scaling_squared: Fraction
+) -> Fraction:
+    """The invariant of a constant that may be absent; absent and 0 are the same in every gauge."""
+    return invariant(exact(constant), scaling_squared) if constant else Fraction(0)
+
+
+def _name(key: Key) -> str:
+    return "c-" + hashlib.sha256(repr(key).encode()).hexdigest()[:10]
+
+
+def _middle(dimension: Choice | Range) -> float:
+    """The geometric middle of a range, the (lower) middle of a list of values."""
+    if isinstance(dimension, Range):
+        return math.sqrt(dimension.min * dimension.max)
+    values = sorted(map(float, dimension.values))
+    return values[(len(values) - 1) // 2]
+
+
+def _reference(space: SearchSpace) -> AlphaRule:
+    if isinstance(space.alpha, Range):
+        return alpha_rule(_middle(space.alpha))
+    ranks = space.ranks
+    middle_rank = ranks[(len(ranks) - 1) // 2]
+    rules = sorted(space.alpha_rules, key=lambda rule: rule.at(middle_rank))
+    return rules[(len(rules) - 1) // 2]
+
+
+def _eliminated(space: SearchSpace, *, clipped: bool) -> tuple[tuple[str, ...], str | None]:
+    """The searched dimensions that are a gauge, and why alpha is not among them if it is searched and is not."""
+    searched = space.searched
+    if "lr_ratio" in searched and not clipped:
+        # B's gauge absorbs alpha through lr_ratio alone; A's absorbs the init scale if lr is free to move.
+        both = "init_scale" in searched and "lr" in searched
+        return tuple(name for name in searched if name == "alpha" or (name == "init_scale" and both)), None
+    if "alpha" not in searched:
+        return (), None
+    if "lr" in searched:
+        return ("alpha",), None
+    return (), (
+        "lr is a constant, so every alpha is a different training run: alpha moves lr and init scale together; "
+        "search lr (and init_scale) instead, and alpha drops out"
+    )

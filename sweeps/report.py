@@ -1,0 +1,236 @@
+"""The collapse report: which configurations are one training run, the proof, and what the search found.
+
+`build` gathers it from a sweep's record; `render` writes it as JSON, Markdown or HTML. The HTML is one file that works
+offline: plots are SVG inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+from pydantic import BaseModel, ConfigDict
+
+from lora_core.checkpoint import write_atomically
+from sweeps.collapse import Certificate, twins
+from sweeps.events import TrialState
+from sweeps.export.point import ExportPoint
+from sweeps.plan import Plan
+from sweeps.records import SweepRecord, TrialRecord
+from sweeps.reduction import Reduction
+from sweeps.space import Configuration
+
+Format = Literal["md", "json", "html"]
+FORMATS: tuple[Format, ...] = ("md", "json", "html")
+
+_FAMILIES_SHOWN = 10
+"""Classes that Markdown and HTML list; the JSON has all of them."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class AlphaMember(_Part):
+    """A configuration of a class other than the one that was trained."""
+
+    configuration: Configuration
+    exact_in_binary: bool
+    """Whether the gauge to it is made of powers of two: then the runs are equal to the last bit."""
+
+
+class ReportedTrial(_Part):
+    """One canonical point and the configurations that collapse onto it."""
+
+    trial: int
+    class_id: str
+    configuration: Configuration
+    state: TrialState | Literal["waiting"]
+    value: float | None
+    step: int
+    metrics: dict[str, float]
+    reason: str
+    same_as: tuple[AlphaMember, ...]
+    """The rest of its class, at the other alphas of the spec."""
+
+
+class Best(_Part):
+    """The best point, as `lora-sweeps best --json` prints it."""
+
+    sweep: str
+    trial: int
+    value: float
+    metric: str
+    rank: int
+    alpha: float
+    lr: float
+    lr_ratio: float
+    init_scale: float
+    weight_decay: float
+    eps: float
+    clip_norm: float | None
+    optimizer: str
+    metrics: dict[str, float]
+    class_id: str
+    mlflow_run_id: str | None
+    default_init: dict[str, float | None]
+    """The same run for a trainer that knows no init scale: alpha, lr, weight_decay, eps and clip_norm in that gauge."""
+
+
+class CollapseReport(_Part):
+    """Everything the report says."""
+
+    sweep: str
+    name: str
+    state: str
+    created_at_s: float
+    metric: str
+    goal: str
+    plan: Plan
+    counts: dict[str, int]
+    duplicates: int
+    best: Best | None
+    trials: tuple[ReportedTrial, ...]
+    """Best first; then pruned, diverged and failed ones."""
+    certificates: tuple[Certificate, ...]
+    seconds: dict[str, float]
+
+
+def best_point(record: SweepRecord) -> Best | None:
+    """The best finished trial with its constants; None where none has finished."""
+    trial = record.best
+    if trial is None or trial.value is None:
+        return None
+    spec, configuration = record.spec, trial.configuration
+    point = Reduction.of(spec).point(configuration)
+    moved = ExportPoint.of(record, trial)
+    return Best(
+        sweep=record.id,
+        trial=trial.number,
+        value=trial.value,
+        metric=spec.metric.name,
+        rank=configuration.rank,
+        alpha=configuration.alpha,
+        lr=configuration.lr,
+        lr_ratio=configuration.lr_ratio,
+        init_scale=configuration.init_scale,
+        weight_decay=point.a.weight_decay,
+        eps=point.a.eps,
+        clip_norm=point.clip_norm,
+        optimizer=spec.train.optimizer,
+        metrics=trial.metrics,
+        class_id=trial.class_id,
+        mlflow_run_id=record.trial_run_ids.get(trial.number),
+        default_init={
+            "alpha": moved.alpha,
+            "lr": moved.point.a.lr,
+            "weight_decay": moved.point.a.weight_decay,
+            "eps": moved.point.a.eps,
+            "clip_norm": moved.point.clip_norm,
+        },
+    )
+
+
+def build(record: SweepRecord) -> CollapseReport:
+    """Gathers the report of a sweep, whatever state it is in."""
+    spec = record.spec
+    reduction = Reduction.of(spec)
+    order = ("finished", "pruned", "waiting", "diverged", "failed")
+    sign = 1 if spec.metric.goal == "minimize" else -1
+
+    def rank(trial: TrialRecord) -> tuple[int, float, int]:
+        value = math.inf if trial.value is None else sign * trial.value
+        return order.index(trial.state), value, trial.number
+
+    return CollapseReport(
+        sweep=record.id,
+        name=record.created.name,
+        state=record.state,
+        created_at_s=record.created_at_s,
+        metric=spec.metric.name,
+        goal=spec.metric.goal,
+        plan=Plan.model_validate(record.created.plan),
+        counts=record.counts(),
+        duplicates=len(record.trials) - len(record.trained),
+        best=best_point(record),
+        trials=tuple(_reported(trial, reduction) for trial in sorted(record.trained, key=rank)),
+        certificates=tuple(Certificate.model_validate(certificate) for certificate in record.certificates),
+        seconds=record.seconds,
+    )
+
+
+def _reported(trial: TrialRecord, reduction: Reduction) -> ReportedTrial:
+    configuration = trial.configuration
+    return ReportedTrial(
+        trial=trial.number,
+        class_id=trial.class_id,
+        configuration=configuration,
+        state=trial.state,
+        value=trial.value,
+        step=trial.step,
+        metrics=trial.metrics,
+        reason=trial.reason,
+        same_as=tuple(
+            AlphaMember(
+                configuration=twin,
+                exact_in_binary=reduction.gauge_between(configuration, twin).exact_in_binary,
+            )
+            for twin in twins(reduction, configuration, trial.class_id)
+        ),
+    )
+
+
+def render(report: CollapseReport, form: Format) -> str:
+    """Writes a report as Markdown, JSON or HTML."""
+    if form == "json":
+        return report.model_dump_json(indent=2)
+    plots = _plots(report) if form == "html" else {}
+    template = _templates().get_template(f"report.{form}.j2")
+    return template.render(report=report, plots=plots, families_shown=_FAMILIES_SHOWN)
+
+
+def _plots(report: CollapseReport) -> dict[str, str]:
+    from sweeps import plots  # takes a second, which other formats need not wait for
+
+    points = [(trial.configuration, trial.state, trial.value) for trial in report.trials]
+    metric = f"{report.metric} ({unit})" if (unit := unit_of(report.metric).strip()) else report.metric
+    return {
+        "search": plots.search(points, metric=metric, goal=report.goal),
+        "twins": plots.twins(report.certificates),
+    }
+
+
+def write(report: CollapseReport, directory: Path) -> None:
+    """Writes the report in all formats: `report.md`, `report.json`, `report.html`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for form in FORMATS:
+        write_atomically(directory / f"report.{form}", render(report, form).encode())
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric, with a space before it; empty for a pure number."""
+    return " nats" if metric.endswith("loss") else ""
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sweeps", "."),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["g"] = lambda value, digits=4: "–" if value is None else f"{value:.{digits}g}"
+    environment.filters["unit"] = unit_of
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["counts"] = counts_in_words
+    return environment
+
+
+def counts_in_words(counts: dict[str, int]) -> str:
+    """`24 finished, 39 pruned, 1 diverged`: states that no trial is in are left out."""
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"

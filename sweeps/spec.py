@@ -1,0 +1,277 @@
+"""YAML -> SweepSpec: what a sweep is, as its user wrote it, or every fault of it at once.
+
+    text -> YamlText (yaml_text.py) -> SweepSpec (sections below it) -> SpecDocument, which knows the lines
+
+A section is checked on its own in `spec_sections.py` and `spec_parameters.py`. What one section demands of another is
+checked here, in validators of the later one, which see those earlier sections that were read: so a fault in one section
+hides none in another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+
+from sweeps.errors import Fault, InputError, SpecError
+from sweeps.spec_faults import Mistake, Section, did_you_mean, mistakes_of, one_of, refusal, refuse
+from sweeps.spec_parameters import Choice, Parameters, Range
+from sweeps.spec_sections import (
+    CertifySpec,
+    ComputeSpec,
+    DigitsTask,
+    Goal,
+    LoraSpec,
+    MedianPruner,
+    MetricSpec,
+    NoPruner,
+    Pruner,
+    ReductionSpec,
+    SearchSpec,
+    SuccessiveHalving,
+    Task,
+    TrackingSpec,
+    TrainSpec,
+)
+from sweeps.yaml_text import MAX_BYTES, YamlText, dotted, read_yaml
+
+__all__ = [
+    "CertifySpec",
+    "Choice",
+    "ComputeSpec",
+    "DigitsTask",
+    "Goal",
+    "LoraSpec",
+    "MedianPruner",
+    "MetricSpec",
+    "NoPruner",
+    "Parameters",
+    "Pruner",
+    "Range",
+    "ReductionSpec",
+    "SearchSpec",
+    "SpecDocument",
+    "SuccessiveHalving",
+    "SweepSpec",
+    "Task",
+    "TrackingSpec",
+    "TrainSpec",
+    "json_schema",
+    "load_spec",
+    "parse_spec",
+    "template",
+]
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class SweepSpec(Section):
+    """A hyperparameter sweep over LoRA adapters."""
+
+    name: str = Field(examples=["my-sweep"], json_schema_extra={"pattern": _NAME})
+    """The sweep's name: 1 to 64 letters, digits, dots, dashes and underscores."""
+    task: Task = Field(examples=[{"type": "digits"}])
+    """What is trained."""
+    lora: LoraSpec = Field(examples=[{"target_modules": ["q_proj", "v_proj"]}])
+    """Where the adapters sit, and how they start."""
+    parameters: Parameters = Field(examples=[{"rank": 8, "lr": {"min": 0.0001, "max": 0.1}}])
+    """What is searched."""
+    reduction: ReductionSpec = ReductionSpec()
+    """How alpha is eliminated."""
+    train: TrainSpec = TrainSpec()
+    """How every trial is trained."""
+    metric: MetricSpec = Field(MetricSpec(), validate_default=True)
+    """What makes one trial better than another."""
+    search: SearchSpec = Field(SearchSpec(), validate_default=True)
+    """How configurations are chosen."""
+    certify: CertifySpec = Field(CertifySpec(), validate_default=True)
+    """How much of the reduction is proved by training twins."""
+    compute: ComputeSpec = ComputeSpec()
+    """What the sweep may use."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Where the sweep is recorded."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(_NAME, name):
+            required = "1 to 64 of A-Z, a-z, 0-9, dot, dash and underscore, with a letter or digit first"
+            raise refuse(required, name)
+        return name
+
+    @field_validator("metric")
+    @classmethod
+    def _is_reported(cls, metric: MetricSpec, read: ValidationInfo) -> MetricSpec:
+        if "task" in read.data and metric.name not in (reported := read.data["task"].metrics):
+            hint = did_you_mean(metric.name, reported)
+            raise refuse(f"{one_of(reported)}, which the task reports", metric.name, hint, path=("name",))
+        if "task" in read.data and "goal" not in metric.model_fields_set:
+            return metric.model_copy(update={"goal": reported[metric.name]})
+        return metric
+
+    @field_validator("search")
+    @classmethod
+    def _fits_the_rest(cls, search: SearchSpec, read: ValidationInfo) -> SearchSpec:
+        mistakes: list[Mistake] = []
+        if "train" in read.data:
+            mistakes += _rung_mistakes(search, read.data["train"])
+        if "parameters" in read.data:
+            mistakes += _method_mistakes(search, read.data["parameters"])
+        if mistakes:
+            raise refusal(mistakes)
+        return search
+
+    @field_validator("certify")
+    @classmethod
+    def _ends_with_training(cls, certify: CertifySpec, read: ValidationInfo) -> CertifySpec:
+        if "train" not in read.data or certify.steps <= (steps := read.data["train"].steps):
+            return certify
+        if "steps" in certify.model_fields_set:
+            raise refuse(f"at most train.steps, which is {steps}", certify.steps, path=("steps",))
+        # A default is no fault of the user's.
+        return certify.model_copy(update={"steps": steps})
+
+
+def _rung_mistakes(search: SearchSpec, train: TrainSpec) -> list[Mistake]:
+    rungs = search.pruner.rungs
+    if rungs is None or rungs[-1] == train.steps:
+        return []
+    path = ("pruner", "rungs", len(rungs) - 1)
+    return [Mistake(path, f"train.steps, which is {train.steps}, as the last rung", str(rungs[-1]))]
+
+
+def _method_mistakes(search: SearchSpec, parameters: Parameters) -> list[Mistake]:
+    written: dict[str, Choice | Range] = dict(parameters)
+    if search.method == "grid":
+        hint = "write {values: [...]}, or use another search.method"
+        ranges = [name for name, parameter in written.items() if isinstance(parameter, Range)]
+        return [
+            Mistake(("parameters", name), "values, because search.method is grid", "a range", hint, absolute=True)
+            for name in ranges
+        ]
+    searched = _searched(written)
+    if search.method == "cmaes" and len(searched) < 2:
+        found = f"{len(searched)} ({', '.join(searched)})" if searched else "none"
+        return [Mistake(("method",), "two searched parameters or more for cmaes", found, "use gp or tpe")]
+    return []
+
+
+def _searched(written: Mapping[str, Choice | Range]) -> list[str]:
+    # alpha is eliminated; it leaves a dimension only where it was an init scale under another name.
+    return [
+        name
+        for name, parameter in written.items()
+        if not parameter.constant and (name != "alpha" or written["init_scale"].constant)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecDocument:
+    """A spec, and the text that it was read from.
+
+    Attributes:
+        spec: the spec.
+        text: the YAML text as the user wrote it, comments and all.
+        yaml: the values of the text with their lines.
+    """
+
+    spec: SweepSpec
+    text: str
+    yaml: YamlText
+
+    @property
+    def source(self) -> str:
+        """The file's name as the user gave it."""
+        return self.yaml.source
+
+    def fault(self, path: str, required: str, found: str, hint: str | None = None) -> Fault:
+        """Returns a fault that a later stage found, with its line.
+
+        Args:
+            path: dotted keys, list entries by index: `parameters.rank.values[3]`.
+            required: what must stand there.
+            found: what stands there.
+            hint: the way out.
+        """
+        parts = tuple(int(index) if index else key for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path))
+        return Fault(path, required, found, self.yaml.line_of(parts), hint)
+
+    def error(self, path: str, required: str, found: str, hint: str | None = None) -> SpecError:
+        """Returns the error for a single fault; see `fault`."""
+        return SpecError(self.source, (self.fault(path, required, found, hint),))
+
+
+def parse_spec(text: str, source: str) -> SpecDocument:
+    """Reads a spec.
+
+    Args:
+        text: YAML text; not trusted.
+        source: the file's name as the user gave it, for messages.
+
+    Raises:
+        SpecError: the text is no plain YAML, or no spec; every fault at once, in the order of the lines.
+    """
+    yaml = read_yaml(text, source)
+    try:
+        return SpecDocument(SweepSpec.model_validate(yaml.value), text, yaml)
+    except ValidationError as error:
+        raise SpecError(source, _faults(mistakes_of(error), yaml)) from None
+
+
+def _faults(mistakes: list[Mistake], yaml: YamlText) -> tuple[Fault, ...]:
+    faults = [Fault(dotted(one.path), one.required, one.found, yaml.line_of(one.path), one.hint) for one in mistakes]
+    return tuple(sorted(faults, key=lambda fault: fault.line or 0))
+
+
+def load_spec(path: Path) -> SpecDocument:
+    """Reads a spec from a file.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8 text that can be read.
+        SpecError: it holds no spec; see `parse_spec`.
+    """
+    try:
+        with path.open("rb") as file:
+            # One byte more than allowed, so that an endless device is refused for its size too.
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: required a spec; found no such file; `lora-sweeps init` writes one to start from"
+        ) from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: required a spec; found a directory; name the YAML file inside it") from None
+    except (OSError, ValueError) as error:
+        # ValueError: a path with a null byte.
+        found = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: required a spec that can be read; found: {found}") from None
+    if len(raw) > MAX_BYTES:
+        raise InputError(f"{path}: required a spec of at most {MAX_BYTES:,} bytes; found a larger file")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"the byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise InputError(f"{path}: required UTF-8 text; found {byte}; save the file as UTF-8") from None
+    return parse_spec(text, str(path))
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema (draft 2020-12) of a spec, by which editors complete and check it.
+
+    It accepts the same shorthand as `parse_spec`, but cannot state what one section demands of another.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:lora-sweeps:spec",
+        **SweepSpec.model_json_schema(),
+        "title": "lora-sweeps spec",
+    }
+
+
+def template() -> str:
+    """Returns the commented spec that `lora-sweeps init` writes: every section, ready to run."""
+    return resources.files("sweeps").joinpath("template.yaml").read_text("utf-8")

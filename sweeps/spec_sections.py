@@ -1,0 +1,313 @@
+"""The sections of a spec, but for its parameters. What one section demands of another is checked in `spec.py`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+
+from lora_core.gauge import LAWS, WITHOUT_LAW, NoLawError, law_of
+from sweeps.spec_faults import ByType, Mistake, Section, did_you_mean, one_of, refusal, refuse
+from sweeps.yaml_text import shown
+
+Goal = Literal["minimize", "maximize"]
+
+Count = Annotated[int, Strict(), Field(ge=1)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+Flag = Annotated[bool, Strict()]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
+
+
+def _in_one(required: str) -> WrapValidator:
+    """Returns a validator that states one requirement for all the types of a union, instead of one for each."""
+
+    def read(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(raw)
+        except ValidationError:
+            raise refuse(required, raw) from None
+
+    return WrapValidator(read)
+
+
+# -- what is trained ---------------------------------------------------------------------------------------------------
+
+
+class DigitsTask(Section):
+    """Classifies scikit-learn's 8 x 8 digits with a small frozen network: the demo, seconds on a laptop."""
+
+    metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/accuracy": "maximize"}
+    """What the task reports, and which way is better."""
+
+    type: Literal["digits"]
+    """The name of the task."""
+    base_seed: Seed = 0
+    """Seed of the frozen network that the adapters are put on."""
+
+
+Task = Annotated[DigitsTask, ByType()]
+"""Another task is one more model here: `DigitsTask | CausalLmTask`."""
+
+
+_Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+_Regex = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _read_target_modules(raw: object) -> tuple[str, ...] | str:
+    required = "a list of module names, or one regular expression"
+    if isinstance(raw, str) and 0 < len(raw) <= 1000:
+        try:
+            re.compile(raw)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise refuse("a regular expression that compiles", raw, str(error)) from None
+        return raw
+    if not isinstance(raw, list | tuple) or not raw:
+        raise refuse(required, raw, "such as [q_proj, v_proj]")
+    wrong = [(index, name) for index, name in enumerate(raw) if not isinstance(name, str) or not name]
+    if wrong:
+        raise refusal(Mistake((index,), "a module name", shown(name)) for index, name in wrong)
+    return tuple(raw)
+
+
+class LoraSpec(Section):
+    """Where the adapters sit, and how they start."""
+
+    # Read before pydantic does, which would find a fault for each arm of the union.
+    target_modules: Annotated[_Names | _Regex, BeforeValidator(_read_target_modules)] = Field(
+        examples=[["q_proj", "v_proj"]]
+    )
+    """Names of the layers that get an adapter, or one regular expression that their full names match, as in PEFT."""
+    init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
+    """Distribution that A is drawn from; B starts at 0. kaiming_uniform is PEFT's default."""
+    rslora: Flag = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+
+
+class ReductionSpec(Section):
+    """How alpha is eliminated."""
+
+    ranges: Literal["keep", "widen"] = "keep"
+    """keep: the ranges of lr and init_scale stand at the reference alpha. widen: alpha's range is folded into them."""
+    constants: Literal["travel", "fixed"] = "travel"
+    """travel: eps, weight_decay and clip_norm hold at the reference alpha and move with alpha by the law. fixed: they
+    are the same numbers at every alpha, and fewer configurations are twins."""
+
+
+def _read_betas(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    if not isinstance(raw, list | tuple) or len(raw) != 2:
+        raise refuse("two numbers", raw, "such as [0.9, 0.999]")
+    return validate(raw)
+
+
+class TrainSpec(Section):
+    """How every trial is trained."""
+
+    optimizer: str = Field("adamw", json_schema_extra={"enum": list(LAWS)})
+    """The optimizer; the law that eliminates alpha depends on it."""
+    steps: Count = 200
+    """Optimizer steps of a trial that runs to the end."""
+    batch_size: Count = 32
+    """Examples a step."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up: not, linearly to 0, or along a half cosine to 0."""
+    warmup_steps: CountOrZero = 0
+    """Steps in which the learning rate rises linearly to its peak."""
+    eps: Positive = 1e-8
+    """Adam's eps at the reference alpha."""
+    betas: Annotated[tuple[BelowOne, BelowOne], WrapValidator(_read_betas)] = (0.9, 0.999)
+    """Adam's two decay rates."""
+    momentum: BelowOne = 0.0
+    """SGD's momentum."""
+    clip_norm: Positive | None = None
+    """Gradient norm over all adapter weights to which a trial is clipped, at the reference alpha; null: not clipped."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Number format of the training."""
+    seed: Seed = 0
+    """Seed of the data order and of the adapters' initialisation."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _has_a_law(cls, name: str) -> str:
+        try:
+            law_of(name)
+        except NoLawError as error:
+            if name in WITHOUT_LAW:
+                raise refuse(f"an optimizer with an alpha equivalence ({', '.join(LAWS)})", name, str(error)) from None
+            raise refuse(one_of(LAWS), name, did_you_mean(name, LAWS)) from None
+        return name
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _ends_before_training(cls, warmup_steps: int, read: ValidationInfo) -> int:
+        if warmup_steps >= read.data.get("steps", warmup_steps + 1):
+            raise refuse(f"fewer than train.steps, which is {read.data['steps']}", warmup_steps)
+        return warmup_steps
+
+    @field_validator("momentum")
+    @classmethod
+    def _belongs_to_sgd(cls, momentum: float, read: ValidationInfo) -> float:
+        optimizer = read.data.get("optimizer", "sgd")
+        if momentum > 0 and optimizer != "sgd":
+            raise refuse(f"no momentum for {optimizer}", momentum, "set betas, or use optimizer: sgd")
+        return momentum
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+class MetricSpec(Section):
+    """What makes one trial better than another."""
+
+    name: str = "eval/loss"
+    """A metric that the task reports."""
+    goal: Goal = Field("minimize", json_schema_extra=_without_default)
+    """Which way is better; unless written, as the task says."""
+
+
+# -- how it is searched ------------------------------------------------------------------------------------------------
+
+
+def _rising(rungs: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    pairs = enumerate(zip((rungs or ())[:-1], (rungs or ())[1:], strict=True), start=1)
+    wrong = [
+        Mistake((index,), f"more than {before}, the rung before it", str(rung))
+        for index, (before, rung) in pairs
+        if rung <= before
+    ]
+    if wrong:
+        raise refusal(wrong)
+    return rungs
+
+
+class _Pruner(Section):
+    rungs: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
+    """Step counts at which trials report and may be pruned; rising, the last one is train.steps. null: a quarter, a
+    half and all of train.steps; without pruning the end alone."""
+
+    _check_rungs = field_validator("rungs")(_rising)
+
+
+class SuccessiveHalving(_Pruner):
+    """At each rung the best share goes on."""
+
+    type: Literal["successive_halving"]
+    """The name of the pruner."""
+    keep: Share = 1 / 3
+    """The share of trials that each rung lets pass; Optuna takes the nearest of 1/2, 1/3, 1/4 and so on."""
+
+    @property
+    def reduction_factor(self) -> int:
+        """1 / keep as Optuna's pruner takes it: a whole number, at least 2."""
+        return max(2, round(1 / self.keep))
+
+
+class MedianPruner(_Pruner):
+    """At each rung a trial goes on if it is better than the median of those before it."""
+
+    type: Literal["median"]
+    """The name of the pruner."""
+    warmup_trials: CountOrZero = 5
+    """Trials that run to the end before any is pruned."""
+
+
+class NoPruner(_Pruner):
+    """Every trial runs to the end; rungs are where it reports."""
+
+    type: Literal["none"]
+    """The name of the pruner."""
+
+
+Pruner = Annotated[SuccessiveHalving | MedianPruner | NoPruner, ByType()]
+
+
+class SearchSpec(Section):
+    """How configurations are chosen."""
+
+    method: Literal["gp", "tpe", "random", "grid", "cmaes"] = "gp"
+    """Optuna's sampler. grid: every class once, parameters as values only."""
+    trials: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] | None = None
+    """Classes to try; null: 64, or every class of a grid."""
+    pruner: Pruner = SuccessiveHalving(type="successive_halving")
+    """Which trials are stopped early."""
+    seed: Seed = 0
+    """Seed of the search."""
+    order: Literal["reproducible", "asynchronous"] = "reproducible"
+    """reproducible: suggestions depend on seeds alone, never on which worker finishes first. asynchronous: a worker
+    never waits."""
+
+    def rungs(self, steps: int) -> tuple[int, ...]:
+        """Returns the step counts at which trials report, rising.
+
+        Args:
+            steps: train.steps, the last of them.
+        """
+        if self.pruner.rungs is not None:
+            return self.pruner.rungs
+        if isinstance(self.pruner, NoPruner):
+            return (steps,)
+        return tuple(sorted({max(1, steps // 4), max(1, steps // 2), steps}))
+
+
+class CertifySpec(Section):
+    """How much of the reduction is proved by training twins."""
+
+    classes: CountOrZero = 4
+    """Classes whose twins are really trained."""
+    steps: Count = 50
+    """Steps that twins are trained for, at most train.steps; unless written, no more than that."""
+
+
+# -- where it runs -----------------------------------------------------------------------------------------------------
+
+CountOrAuto = Annotated[Count | Literal["auto"], _in_one("an integer of at least 1, or auto")]
+
+
+class ComputeSpec(Section):
+    """What a sweep may use; auto: what there is."""
+
+    workers: CountOrAuto = "auto"
+    """Jobs at the same time."""
+    gpus_per_worker: Annotated[
+        Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], _in_one("a number of at least 0, or auto")
+    ] = "auto"
+    """GPUs of one worker; fractions share one."""
+    pack: CountOrAuto = "auto"
+    """Trials that one worker trains at once."""
+
+
+class TrackingSpec(Section):
+    """Where the sweep is recorded in MLflow."""
+
+    uri: str | None = None
+    """MLflow's tracking address; null: MLflow's own default."""
+    experiment: str | None = None
+    """The experiment; null: the sweep's name."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_secret(cls, uri: str | None) -> str | None:
+        # The spec is stored in the ledger and in MLflow, where a secret must not appear.
+        try:
+            secret = urlsplit(uri or "").password is not None
+        except ValueError:
+            raise refuse("an address", uri) from None
+        if secret:
+            way_out = "leave uri out and set MLFLOW_TRACKING_URI in the environment"
+            raise refusal([Mistake((), "an address without a password", "one with a password", way_out)])
+        return uri

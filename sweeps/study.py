@@ -1,0 +1,196 @@
+"""The Optuna study of a sweep: asks for points, prunes at rungs, is told values. The only file that imports optuna.
+
+The study lives in memory and is nobody's truth: the ledger is, and `ask_known` and `tell` rebuild a study from it. The
+sampler's seed for trial n is derived from the spec's seed and n, so that a suggestion depends on what was told before it and
+on nothing else, a restart least of all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial, TrialState
+
+from sweeps.canonical import Continuous, Dimension, Ordinal
+from sweeps.events import TrialState as Ending
+from sweeps.spec import SearchSpec
+
+_SEES_FINISHED_TRIALS_ONLY = ("gp", "cmaes")
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """A point that the study proposes.
+
+    Attributes:
+        number: the trial's number.
+        values: by dimension.
+        sampler_attrs: what the sampler wants to be handed again when the study is rebuilt.
+    """
+
+    number: int
+    values: dict[str, float]
+    sampler_attrs: dict[str, Any]
+
+
+class Study:
+    """An in-memory Optuna study over the dimensions of a canonical space."""
+
+    def __init__(
+        self, dimensions: tuple[Dimension, ...], search: SearchSpec, *, goal: str, rungs: tuple[int, ...]
+    ) -> None:
+        """Starts an empty study.
+
+        Args:
+            dimensions: what is searched.
+            search: method, pruner and seed.
+            goal: `minimize` or `maximize`.
+            rungs: steps at which trials report, ascending.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._dimensions = {dimension.name: dimension for dimension in dimensions}
+        self._distributions = {dimension.name: _distribution(dimension) for dimension in dimensions}
+        self._search = search
+        self._rungs = rungs
+        self._report_steps = _report_steps(search, rungs)
+        self._study = optuna.create_study(
+            direction=goal, pruner=_pruner(search), sampler=optuna.samplers.RandomSampler()
+        )
+        self._open: dict[int, Trial] = {}
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """How many trials it has: the number of the next one."""
+        return self._count
+
+    def ask(self) -> Suggestion | None:
+        """Proposes a point; None where a grid has no more."""
+        number = self._count
+        if self._search.method == "grid":
+            (grid,) = self._dimensions.values()
+            assert isinstance(grid, Ordinal), "a grid is searched by the number of the class"
+            if number >= len(grid.values):
+                return None
+            return self.ask_known({grid.name: grid.values[number]}, {})
+        self._study.sampler = _sampler(self._search, number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return self._opened(self._study.ask(self._distributions))
+
+    def ask_known(self, values: Mapping[str, float], sampler_attrs: Mapping[str, Any]) -> Suggestion:
+        """Opens the next trial at a known point, as when a study is rebuilt."""
+        params = {name: _to_param(self._dimensions[name], value) for name, value in values.items()}
+        self._study.sampler = optuna.samplers.RandomSampler(seed=0)  # not consulted: every dimension is given
+        self._study.enqueue_trial(params)
+        trial = self._study.ask(self._distributions)
+        for key, value in sampler_attrs.items():
+            trial.storage.set_trial_system_attr(trial._trial_id, key, value)
+        return self._opened(trial)
+
+    def prune(self, step: int, values: Mapping[int, float]) -> frozenset[int]:
+        """Reports the values of a pack's trials at a rung, and returns the numbers of those that the pruner ends.
+
+        The whole pack is reported before the first decision, and all decisions see all of it: Optuna's pruners decide on
+        what has been reported so far, which within a pack would favour whoever happened to come first.
+        """
+        report_step = self._report_steps[step]
+        for number, value in values.items():
+            self._open[number].report(value, report_step)
+        if step == self._rungs[-1]:
+            return frozenset()
+        before = {number: self._frozen(number) for number in values}
+        for number in values:
+            self._open[number].should_prune()  # makes successive halving enter the trial at this rung
+        return frozenset(n for n, frozen in before.items() if self._study.pruner.prune(self._study, frozen))
+
+    def tell(self, number: int, state: Ending, value: float | None) -> None:
+        """Closes a trial.
+
+        Samplers that look at finished trials only are told a pruned trial's last value as if it had finished: they would
+        otherwise propose the same bad region again.
+        """
+        trial = self._open.pop(number)
+        if state == "finished" or (state == "pruned" and self._search.method in _SEES_FINISHED_TRIALS_ONLY):
+            self._study.tell(trial, value)
+        elif state == "pruned":
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def _opened(self, trial: Trial) -> Suggestion:
+        self._open[trial.number] = trial
+        self._count = trial.number + 1
+        frozen = self._frozen(trial.number)
+        values = {name: _from_param(self._dimensions[name], trial.params[name]) for name in self._dimensions}
+        attrs = {key: value for key, value in frozen.system_attrs.items() if key.startswith("cma")}
+        return Suggestion(trial.number, values, attrs)
+
+    def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
+        trial = self._open[number]
+        return trial.storage.get_trial(trial._trial_id)
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4])
+
+
+def _sampler(search: SearchSpec, number: int) -> optuna.samplers.BaseSampler:
+    seed = _seed(search.seed, number)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match search.method:
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed)
+            case "tpe":
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            case "cmaes":
+                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            case _:
+                return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
+    match search.pruner.type:
+        case "successive_halving":
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=1, reduction_factor=search.pruner.reduction_factor
+            )
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=search.pruner.warmup_trials)
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+def _report_steps(search: SearchSpec, rungs: tuple[int, ...]) -> dict[int, int]:
+    """The step under which each rung is reported to Optuna.
+
+    Its successive halving knows rungs at min_resource * factor**i only; reporting rung i as factor**i lets a spec put its
+    rungs where it likes.
+    """
+    if search.pruner.type == "successive_halving":
+        return {rung: search.pruner.reduction_factor**i for i, rung in enumerate(rungs)}
+    return {rung: rung for rung in rungs}
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Continuous):
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    return IntDistribution(0, len(dimension.values) - 1)
+
+
+def _to_param(dimension: Dimension, value: float) -> float | int:
+    if isinstance(dimension, Continuous):
+        return value
+    return min(range(len(dimension.values)), key=lambda i: math.fabs(dimension.values[i] - value))
+
+
+def _from_param(dimension: Dimension, param: float) -> float:
+    return param if isinstance(dimension, Continuous) else dimension.values[int(param)]

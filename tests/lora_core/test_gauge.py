@@ -1,0 +1,256 @@
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core import gauge
+from lora_core.gauge import AlphaRule, ExactInvariants, Gauge
+from tests.lora_core.support import make_point
+
+laws = st.sampled_from(list(gauge.LAWS.values()))
+positive = st.floats(1e-4, 1e4)
+powers_of_two = st.integers(-6, 6).map(lambda n: 2.0**n)
+
+
+@st.composite
+def points(draw: st.DrawFn, *, clip: bool = True) -> gauge.Point:
+    settings = [
+        gauge.FactorSettings(draw(positive), draw(st.floats(1e-9, 1e-3)), draw(st.just(0.0) | st.floats(1e-6, 1)))
+        for _ in range(2)
+    ]
+    clip_norm = draw(st.none() | positive) if clip else None
+    return gauge.Point(draw(st.integers(1, 64)), draw(positive), draw(positive), *settings, clip_norm)
+
+
+def numbers(point: gauge.Point) -> list[float]:
+    both = [value for each in (point.a, point.b) for value in (each.lr, each.eps, each.weight_decay)]
+    return [point.rank, point.scaling, point.init_scale, *both, point.clip_norm or 0.0]
+
+
+# -- the law -----------------------------------------------------------------------------------------------------------
+
+
+@given(points(), laws, powers_of_two)
+def test_lift_undoes_canonical_exactly_for_powers_of_four(point, law, root):
+    there = gauge.canonical(point, law, scaling=point.scaling * root**2)
+    assert gauge.lift(there, law, scaling=point.scaling) == point
+
+
+@given(points(), laws, positive)
+def test_lift_undoes_canonical_up_to_rounding_for_any_alpha(point, law, scaling):
+    there = gauge.canonical(point, law, scaling=scaling)
+    back = gauge.lift(there, law, scaling=point.scaling)
+    assert numbers(there)[1] == pytest.approx(scaling, rel=1e-12)
+    assert numbers(back) == pytest.approx(numbers(point), rel=1e-12)
+
+
+@given(points(clip=False), laws, positive, positive)
+def test_lift_undoes_the_two_parameter_canonical(point, law, scaling, init_scale):
+    there = gauge.canonical(point, law, scaling=scaling, init_scale=init_scale)
+    back = gauge.lift(there, law, scaling=point.scaling, init_scale=point.init_scale)
+    assert (there.scaling, there.init_scale) == pytest.approx((scaling, init_scale), rel=1e-12)
+    assert numbers(back) == pytest.approx(numbers(point), rel=1e-12)
+
+
+@given(points(clip=False), laws, powers_of_two, powers_of_two, powers_of_two, powers_of_two)
+def test_gauges_compose_as_a_group(point, law, a1, b1, a2, b2):
+    in_turn = gauge.regauge(gauge.regauge(point, Gauge(a1, b1), law), Gauge(a2, b2), law)
+    assert in_turn == gauge.regauge(point, Gauge(a1 * a2, b1 * b2), law)
+    assert gauge.regauge(point, Gauge(1.0, 1.0), law) == point
+    assert gauge.regauge(gauge.regauge(point, Gauge(a1, b1), law), Gauge(1 / a1, 1 / b1), law) == point
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "eps", "weight_decay"),
+    [("sgd", 1 / 16, 1.0, 16.0), ("adam", 1 / 4, 4.0, 16.0), ("adamw", 1 / 4, 4.0, 4.0)],
+)
+def test_sixteen_times_alpha_moves_each_constant_by_its_own_power(optimizer, lr, eps, weight_decay):
+    point = make_point(lr=1.0, eps=1.0, weight_decay=1.0, clip_norm=1.0, scaling=1.0)
+    twin = gauge.regauge(point, Gauge.of_alpha(16), gauge.law_of(optimizer))
+    assert twin.a == twin.b == gauge.FactorSettings(lr, eps, weight_decay)
+    assert (twin.scaling, twin.init_scale, twin.clip_norm) == (16.0, 0.25, 4.0)
+
+
+def test_a_clipped_point_refuses_a_gauge_that_treats_a_and_b_differently():
+    with pytest.raises(ValueError, match=r"A and B are scaled alike; found a=2\.0, b=1\.0"):
+        gauge.regauge(make_point(clip_norm=1.0), Gauge(2.0, 1.0), gauge.LAWS["adamw"])
+
+
+@pytest.mark.parametrize("factors", [(0.0, 1.0), (1.0, -1.0), (math.inf, 1.0), (1.0, math.nan)])
+def test_a_gauge_refuses_factors_that_are_not_positive_and_finite(factors):
+    with pytest.raises(ValueError, match="two positive finite factors"):
+        Gauge(*factors)
+
+
+def test_only_powers_of_two_are_exact_in_binary():
+    assert Gauge(0.25, 8.0).exact_in_binary
+    assert Gauge.of_alpha(16).exact_in_binary
+    assert not Gauge.of_alpha(2).exact_in_binary
+    assert not Gauge(2.0, 3.0).exact_in_binary
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adadelta", "adafactor"])
+def test_an_optimizer_without_a_law_is_refused_with_its_reason(optimizer):
+    with pytest.raises(
+        gauge.NoLawError, match=f"{optimizer} has no alpha equivalence: its .*use one of sgd, adam, adamw"
+    ):
+        gauge.law_of(optimizer)
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones():
+    with pytest.raises(
+        gauge.NoLawError, match="no law is known for the optimizer 'adamx'; use one of sgd, adam, adamw"
+    ):
+        gauge.law_of("adamx")
+
+
+def test_a_law_describes_itself():
+    assert gauge.LAWS["sgd"].describe().endswith("lr / k, init_scale / sqrt(k), weight_decay x k, clip_norm x sqrt(k)")
+    assert "lr / sqrt(k)" in gauge.LAWS["adamw"].describe()
+    assert "weight_decay x sqrt(k)" in gauge.LAWS["adamw"].describe()
+    assert "weight_decay x k" in gauge.LAWS["adam"].describe()
+
+
+# -- exact invariants --------------------------------------------------------------------------------------------------
+
+rationals = st.fractions(Fraction(1, 1000), 1000, max_denominator=1000)
+
+
+def invariants(law, lr, c, eps, wd, clip, s_squared):
+    exact = ExactInvariants(law)
+    return (
+        exact.lr(lr, s_squared),
+        exact.init_scale(c, s_squared),
+        exact.eps(eps, s_squared),
+        exact.weight_decay(wd, s_squared),
+        exact.clip_norm(clip, s_squared),
+    )
+
+
+def rational_twin(law, root, lr, c, eps, wd, clip, s_squared):
+    """The configuration with root**2 times the alpha, in rationals."""
+    step = root ** (1 + law.degree)
+    decay = step if law.decay == "decoupled" else root**2
+    return lr / step, c / root, eps * root, wd * decay, clip * root, s_squared * root**4
+
+
+settings_of_a_configuration = st.tuples(*[rationals] * 5)
+
+
+@given(laws, rationals, settings_of_a_configuration, rationals, st.integers(1, 64), st.booleans())
+def test_twins_have_equal_invariants_exactly(law, root, settings, alpha, rank, rslora):
+    s_squared = gauge.scaling_squared_of(AlphaRule(alpha), rank, rslora=rslora)
+    twin_s_squared = gauge.scaling_squared_of(AlphaRule(alpha * root**2), rank, rslora=rslora)
+    twin = rational_twin(law, root, *settings, s_squared)
+    assert twin[-1] == twin_s_squared
+    assert invariants(law, *settings, s_squared) == invariants(law, *twin)
+
+
+@given(laws, rationals, settings_of_a_configuration, rationals, st.integers(1, 64), st.booleans())
+def test_an_lr_off_by_a_billionth_changes_the_invariants(law, root, settings, alpha, rank, rslora):
+    s_squared = gauge.scaling_squared_of(AlphaRule(alpha), rank, rslora=rslora)
+    lr, *others = rational_twin(law, root, *settings, s_squared)
+    near = (lr * (1 + Fraction(1, 10**9)), *others)
+    assert invariants(law, *settings, s_squared) != invariants(law, *near)
+
+
+@given(laws, rationals, rationals, settings_of_a_configuration, rationals, rationals)
+def test_two_parameter_twins_have_equal_invariants_exactly(law, a, b, settings, lr_b, s_squared):
+    lr_a, c, eps, wd, _ = settings
+    exact = ExactInvariants(law)
+    power = 1 + law.degree
+    assert exact.lr_a(lr_a, c) == exact.lr_a(lr_a / a**power, c / a)
+    assert exact.lr_a(lr_a, c) != exact.lr_a(lr_a / a**power * (1 + Fraction(1, 10**9)), c / a)
+    assert exact.lr_b(lr_b, c, s_squared) == exact.lr_b(lr_b / b**power, c / a, s_squared * (a * b) ** 2)
+    before = exact.constants_of_both_factors((lr_a, lr_b), eps, wd, c, s_squared)
+    near = wd * (1 + Fraction(1, 10**9))
+    assert before != exact.constants_of_both_factors((lr_a, lr_b), eps, near, c, s_squared)
+
+
+@given(rationals, rationals, rationals, rationals, rationals, rationals)
+def test_constants_of_both_factors_move_as_regauge_moves_them(root, lr, eps, wd, c, s_squared):
+    for law in gauge.LAWS.values():
+        twin = rational_twin(law, root, lr, c, eps, wd, Fraction(1), s_squared)
+        exact = ExactInvariants(law)
+        before = exact.constants_of_both_factors((lr, lr), eps, wd, c, s_squared)
+        assert before == exact.constants_of_both_factors((twin[0], twin[0]), twin[2], twin[3], twin[1], twin[5])
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_configurations_written_as_decimals_are_twins_without_a_tolerance(rslora):
+    exact = ExactInvariants(gauge.LAWS["adamw"])
+    s = [gauge.scaling_squared_of(AlphaRule.parse(alpha), 8, rslora=rslora) for alpha in (16, 64)]
+    assert exact.lr(gauge.exact(3e-4), s[0]) == exact.lr(gauge.exact(1.5e-4), s[1])
+    assert exact.lr(gauge.exact(3e-4), s[0]) != exact.lr(gauge.exact(1.5000000001e-4), s[1])
+
+
+@given(points(), laws)
+def test_default_init_is_the_twin_with_init_scale_one(point, law):
+    twin = gauge.default_init(point, law)
+    assert twin.init_scale == 1.0
+    assert twin.scaling == pytest.approx(point.scaling * point.init_scale**2, rel=1e-12)
+    degree = 1 + law.degree
+    for before, after in ((point.a, twin.a), (point.b, twin.b)):
+        assert after.lr**2 * twin.scaling**degree == pytest.approx(before.lr**2 * point.scaling**degree, rel=1e-12)
+        if law.has_eps:
+            assert after.eps**2 / twin.scaling == pytest.approx(before.eps**2 / point.scaling, rel=1e-12)
+    if point.clip_norm is not None:
+        assert twin.clip_norm**2 / twin.scaling == pytest.approx(point.clip_norm**2 / point.scaling, rel=1e-12)
+
+
+@given(points(), laws, powers_of_two)
+def test_default_init_keeps_the_exact_invariants_for_powers_of_two(point, law, init_scale):
+    point = replace(point, init_scale=init_scale, b=point.a)
+    twin = gauge.default_init(point, law)
+
+    def of(each: gauge.Point):
+        values = (each.a.lr, each.init_scale, each.a.eps, each.a.weight_decay, each.clip_norm or 0.0)
+        return invariants(law, *map(Fraction, values), Fraction(each.scaling) ** 2)
+
+    assert of(twin) == of(point)
+
+
+# -- alpha as people write it ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "at_16", "written"),
+    [
+        (16, 16.0, "16"),
+        (0.5, 0.5, "0.5"),
+        ("32", 32.0, "32"),
+        ("1e2", 100.0, "100"),
+        ("rank", 16.0, "rank"),
+        ("r", 16.0, "rank"),
+        ("2*rank", 32.0, "2*rank"),
+        (" 2 * r ", 32.0, "2*rank"),
+        ("sqrt(rank)", 4.0, "sqrt(rank)"),
+        ("8*sqrt( r )", 32.0, "8*sqrt(rank)"),
+        ("0.5*rank", 8.0, "0.5*rank"),
+    ],
+)
+def test_alpha_is_read_as_people_write_it(text, at_16, written):
+    rule = AlphaRule.parse(text)
+    assert rule.at(16) == at_16
+    assert float(rule.squared_at(16)) == at_16**2
+    assert str(rule) == written
+    assert AlphaRule.parse(str(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "2rank", "rank*2", "rank**2", "-rank", "0*rank", 0, -16, "-1", "nan", "inf", math.nan, "1/0", "exp(r)", True],
+)
+def test_anything_else_is_refused_as_alpha(text):
+    with pytest.raises(ValueError, match=r"alpha must be a positive number, or a rule such as .*; found "):
+        AlphaRule.parse(text)
+
+
+def test_scaling_divides_alpha_by_the_rank_or_its_root():
+    assert gauge.scaling_of(32, 16) == 2.0
+    assert gauge.scaling_of(32, 16, rslora=True) == 8.0
+    assert gauge.scaling_squared_of(AlphaRule.parse("8*sqrt(rank)"), 2, rslora=True) == 64
+    assert gauge.scaling_squared_of(AlphaRule.parse("rank"), 7) == 1

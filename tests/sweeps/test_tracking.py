@@ -1,0 +1,565 @@
+"""What MLflow shows of a sweep, whatever happens on the way."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps import tracking
+from sweeps.errors import TrackingError
+from sweeps.events import Delivered, DriverStarted, JobStarted, ReportWritten, SweepState
+from sweeps.ledger import Ledger
+from sweeps.tracking import (
+    MlflowWriter,
+    absolute_uri,
+    check_tracking,
+    default_uri,
+    deliver,
+    open_command,
+    run_url,
+)
+from tests.sweeps.mlflow_support import SPEC, Failing, Story, free_port, runs_of, seen, server
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for the module: making one takes seconds."""
+    return default_uri(tmp_path_factory.mktemp("mlflow"))
+
+
+@pytest.fixture(scope="module")
+def client(uri: str) -> Any:
+    return tracking._connect(uri)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.in_directory(tmp_path)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def story(ledger: Ledger, request: pytest.FixtureRequest) -> Story:
+    return Story(ledger, f"digits-{request.node.name[-50:]}".replace("'", ""))
+
+
+# -- what a sweep becomes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "parent"),
+    [("finished", "FINISHED"), ("interrupted", "KILLED"), ("paused", "KILLED"), ("failed", "FAILED")],
+)
+def test_every_run_has_a_true_end(story: Story, uri: str, client: Any, state: SweepState, parent: str) -> None:
+    story.tell_all()
+    story.end(state)
+    deliver(story.ledger, story.sweep, uri, "ends")
+    runs = seen(client, "ends", story.sweep)
+    assert {key: run.status for key, run in runs.items()} == {
+        "sweep ": parent,
+        "trial 0": "FINISHED",
+        "trial 1": "KILLED",
+        "trial 2": "FAILED",
+        "trial 3": "FAILED",
+        "trial 4": "KILLED",
+    }
+    assert all(run.has_parent for run in runs.values() if run.role == "trial")
+    assert all(run.end_ms is not None for run in runs.values())
+    assert runs["trial 3"].tags["lora_sweeps.reason"] == "CUDA out of memory"
+    assert runs["trial 4"].tags["lora_sweeps.state"] == state
+
+
+def test_trials_show_what_they_were_and_what_they_reported(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    deliver(story.ledger, story.sweep, uri, "shows")
+    records = {type(record.event).__name__: record for record in story.ledger.read(story.sweep)}
+    runs = seen(client, "shows", story.sweep)
+    trial = runs["trial 0"]
+    assert trial.name == "r8 lr0.01 init2"
+    assert trial.params == {
+        "trial": "0",
+        "class_id": "c-0",
+        "rank": "8",
+        "alpha": "16.0",
+        "lr": "0.01",
+        "init_scale": "2.0",
+        "lr_ratio": "1.0",
+        "weight_decay": "0.0",
+        "optimizer": "adamw",
+    }
+    # AdamW: alpha x 4 is lr / 2 and init_scale / 2.
+    assert trial.tags["lora_sweeps.same_training_as"] == (
+        "alpha=4: lr=0.02, init_scale=4\nalpha=64: lr=0.005, init_scale=1"
+    )
+    assert [(step, value) for step, _, value in trial.metrics["eval/loss"]] == [(50, "1.0"), (100, "0.5")]
+    assert [step for step, _, _ in trial.metrics["train/loss"]] == [48, 49, 50, 98, 99, 100]
+    assert [(step, value) for step, _, value in trial.metrics["objective"]] == [(100, "0.5")]
+    assert trial.end_ms is not None
+    assert abs(trial.end_ms / 1000 - records["TrialTold"].at_s) < 0.01
+    assert runs["trial 4"].status == "RUNNING"
+    assert "objective" not in runs["trial 2"].metrics
+
+
+def test_parent_describes_the_sweep(story: Story, uri: str, client: Any, tmp_path: Path) -> None:
+    story.tell_all()
+    story.end("finished")
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "report.md").write_text("# digits")
+    story.append(ReportWritten(directory=str(report)))
+    deliver(story.ledger, story.sweep, uri, "described")
+    parent = seen(client, "described", story.sweep)["sweep "]
+    assert parent.name == story.sweep
+    expected = {"optimizer": "adamw", "method": "gp", "task": "digits", "alpha_reference": "16", "eliminated": "alpha"}
+    assert parent.params.items() >= expected.items()
+    assert (parent.tags["lora_sweeps.best_trial"], parent.tags["lora_sweeps.best_rank"]) == ("0", "8")
+    assert [value for _, _, value in parent.metrics["best_value"]] == ["0.5"]
+    note = parent.tags["mlflow.note.content"]
+    assert "| 0 | 8 | 16 | 0.01 | 2 | 0.5 | 0.5 |" in note
+    assert "eval/loss (nats)" in note
+    assert "Trials: 1 finished, 1 pruned, 1 diverged, 1 failed, 1 waiting." in note
+    assert "alpha is a gauge" in note
+    (run,) = [run for run in runs_of(client, "described", story.sweep) if run.info.run_name == story.sweep]
+    directory = Path(urllib.request.url2pathname(urllib.parse.urlparse(run.info.artifact_uri).path))
+    assert (directory / "spec.yaml").read_text() == SPEC
+    assert (directory / "report" / "report.md").read_text() == "# digits"
+    assert {path.name for path in directory.iterdir()} == {"spec.yaml", "spec.resolved.json", "plan.json", "report"}
+    assert directory.is_relative_to(Path(absolute_uri(uri).removeprefix("sqlite:///")).parent)
+
+
+def test_duplicates_and_trials_never_started_have_no_run(story: Story, uri: str, client: Any) -> None:
+    story.begin()
+    story.ask(0)
+    story.ask(1, duplicate_of=0)
+    story.ask(2)
+    story.run(0)
+    story.tell(1, "finished", 1.0)
+    deliver(story.ledger, story.sweep, uri, "duplicates")
+    assert set(seen(client, "duplicates", story.sweep)) == {"sweep ", "trial 0"}
+
+
+def test_twins_are_children_with_their_verdict(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    story.append(JobStarted(job=9, work="certify", trials=(0,), start=0, stop=3))
+    story.certify(0, ["bit-identical", "different"])
+    story.end("finished")
+    deliver(story.ledger, story.sweep, uri, "twins")
+    runs = seen(client, "twins", story.sweep)
+    twins = [run for run in runs.values() if run.role == "twin"]
+    assert [run.name for run in twins] == [
+        "twin of r8 lr0.01 init2 at alpha=64",
+        "twin of r8 lr0.01 init2 at alpha=4",
+    ]
+    assert [run.tags["lora_sweeps.verdict"] for run in twins] == ["different", "bit-identical"]
+    assert twins[0].tags["lora_sweeps.first_step"] == "2"
+    assert twins[0].params["alpha"] == "64.0"
+    assert all(run.status == "FINISHED" and run.has_parent for run in twins)
+    assert [(step, value) for step, _, value in twins[0].metrics["train/loss"]] == [(1, "2.0"), (2, "1.5"), (3, "1.2")]
+    assert runs["trial 0"].status == "FINISHED"
+
+
+def test_values_that_are_not_finite_are_told_as_they_are(story: Story, uri: str, client: Any) -> None:
+    story.begin()
+    story.ask(0, 1)
+    story.run(0, 1)
+    story.report(0, 50, float("nan"), points=0)
+    story.report(1, 50, float("inf"), points=0)
+    deliver(story.ledger, story.sweep, uri, "infinite")
+    runs = seen(client, "infinite", story.sweep)
+    assert [value for _, _, value in runs["trial 0"].metrics["eval/loss"]] == ["nan"]
+    assert "eval/loss" not in runs["trial 1"].metrics
+    assert runs["trial 1"].tags["lora_sweeps.infinite.eval/loss"] == "inf at step 50"
+
+
+# -- resuming, crashes -------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_sweep_goes_on_in_the_same_runs(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    story.end("interrupted")
+    deliver(story.ledger, story.sweep, uri, "resumed")
+    ids = {run.info.run_id for run in runs_of(client, "resumed", story.sweep)}
+    story.append(DriverStarted(resumed=True), JobStarted(job=1, trials=(4,), start=0, stop=50))
+    deliver(story.ledger, story.sweep, uri, "resumed")
+    runs = seen(client, "resumed", story.sweep)
+    assert (runs["sweep "].status, runs["trial 4"].status, runs["trial 1"].status) == ("RUNNING", "RUNNING", "KILLED")
+    story.report(4, 100, 0.25)
+    story.tell(4, "finished", 0.25)
+    story.end("finished")
+    deliver(story.ledger, story.sweep, uri, "resumed")
+    runs = seen(client, "resumed", story.sweep)
+    assert (runs["sweep "].status, runs["trial 4"].status) == ("FINISHED", "FINISHED")
+    assert runs["sweep "].tags["lora_sweeps.best_trial"] == "4"
+    assert runs["trial 4"].tags["lora_sweeps.reason"] == ""
+    assert {run.info.run_id for run in runs_of(client, "resumed", story.sweep)} == ids
+
+
+@pytest.mark.parametrize("carried_out", [False, True])
+def test_a_crash_between_any_two_requests_changes_nothing(
+    tmp_path: Path, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch, carried_out: bool
+) -> None:
+    experiment = f"crashes-{carried_out}"
+
+    def tell(sweep: str) -> Story:
+        story = Story(Ledger.in_directory(tmp_path), sweep)
+        story.begin()
+        story.ask(0, 1)
+        story.run(0, 1)
+        story.report(0, 50, 1.0)
+        story.tell(0, "finished", 1.0)
+        story.certify(0, ["bit-identical", "different"])
+        return story
+
+    def shape(sweep: str) -> list[Any]:
+        return sorted(
+            (
+                (
+                    key.split(".")[-1],
+                    run.name.replace(sweep, ""),
+                    (run.status, run.has_parent, run.params),
+                    {metric: [(step, value) for step, _, value in points] for metric, points in run.metrics.items()},
+                )
+                for key, run in seen(client, experiment, sweep).items()
+            ),
+            key=lambda run: run[:2],
+        )
+
+    whole = tell("whole")
+    deliver(whole.ledger, "whole", uri, experiment)
+    expected = shape("whole")
+    connect: Callable[[str], Any] = tracking._connect
+    for n in range(1, 100):
+        broken = Failing(client, n, carried_out=carried_out)
+        story = tell(f"broken-{n}")
+        monkeypatch.setattr(tracking, "_connect", lambda uri, broken=broken: broken)
+        if n < 4:
+            with pytest.raises(TrackingError, match="the connection broke"):
+                deliver(story.ledger, story.sweep, uri, experiment)
+        else:
+            try:
+                deliver(story.ledger, story.sweep, uri, experiment)
+            except TrackingError:
+                assert not any(isinstance(record.event, Delivered) for record in story.ledger.read(story.sweep))
+        monkeypatch.setattr(tracking, "_connect", connect)
+        if not broken.failed:
+            break
+        deliver(story.ledger, story.sweep, uri, experiment)
+        assert shape(story.sweep) == expected, f"request {n} failed"
+    assert 12 < n < 99
+
+
+def test_a_crash_before_delivered_is_entered_repeats_nothing(
+    story: Story, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story.tell_all()
+    story.end("interrupted")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", fail)
+        with pytest.raises(TrackingError, match="no space left"):
+            deliver(story.ledger, story.sweep, uri, "entered")
+    before = seen(client, "entered", story.sweep)
+    deliver(story.ledger, story.sweep, uri, "entered")
+    assert seen(client, "entered", story.sweep) == before
+    delivered = [record.event for record in story.ledger.read(story.sweep) if isinstance(record.event, Delivered)]
+    assert [sorted(event.trial_run_ids) for event in delivered] == [[0, 1, 2, 3, 4]]
+    deliver(story.ledger, story.sweep, uri, "entered")
+    assert len([r for r in story.ledger.read(story.sweep) if isinstance(r.event, Delivered)]) == 1
+
+
+def test_a_run_that_was_made_twice_is_put_away(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    deliver(story.ledger, story.sweep, uri, "twice")
+    (first,) = [run for run in runs_of(client, "twice", story.sweep) if run.data.tags["lora_sweeps.run"] == "4"]
+    client.create_run(first.info.experiment_id, tags=first.data.tags, start_time=0)
+    story.end("paused")
+    deliver(story.ledger, story.sweep, uri, "twice")
+    runs = runs_of(client, "twice", story.sweep)
+    assert [run.info.run_id for run in runs if run.data.tags["lora_sweeps.run"] == "4"] == [first.info.run_id]
+    assert seen(client, "twice", story.sweep)["trial 4"].status == "KILLED"
+
+
+def test_what_disappeared_from_mlflow_is_delivered_again(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    deliver(story.ledger, story.sweep, uri, "again")
+    before = seen(client, "again", story.sweep)
+    for run in runs_of(client, "again", story.sweep):
+        if run.data.tags["lora_sweeps.run"] in ("", "0"):
+            client.delete_run(run.info.run_id)
+    story.append(JobStarted(job=9, trials=(4,), start=50, stop=100))
+    deliver(story.ledger, story.sweep, uri, "again")
+    assert seen(client, "again", story.sweep) == before
+
+
+def test_a_deleted_experiment_is_named_with_the_way_out(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    experiment_id = client.create_experiment("gone")
+    client.delete_experiment(experiment_id)
+    for refused in (lambda: deliver(story.ledger, story.sweep, uri, "gone"), lambda: check_tracking(uri, "gone")):
+        with pytest.raises(TrackingError, match=f"'gone' is deleted.*mlflow experiments restore -x {experiment_id}"):
+            refused()
+    client.restore_experiment(experiment_id)
+    check_tracking(uri, "gone")
+    deliver(story.ledger, story.sweep, uri, "gone")
+    assert len(seen(client, "gone", story.sweep)) == 6
+
+
+# -- the writer --------------------------------------------------------------------------------------------------------
+
+
+def test_writer_delivers_while_the_sweep_goes_on(story: Story, uri: str, client: Any) -> None:
+    story.begin()
+    writer = MlflowWriter(story.ledger, story.sweep, uri, "live")
+    writer.start()
+    story.ask(0)
+    story.run(0)
+    writer.wake()
+    deadline = time.monotonic() + 20
+    while "trial 0" not in {f"trial {r.data.tags['lora_sweeps.run']}" for r in runs_of(client, "live", story.sweep)}:
+        assert time.monotonic() < deadline, "nothing was delivered before finish"
+        time.sleep(0.1)
+    story.report(0, 50, 1.0)
+    story.tell(0, "finished", 1.0)
+    story.end("finished")
+    assert writer.finish(20)
+    assert writer.last_error is None
+    runs = seen(client, "live", story.sweep)
+    assert {run.status for run in runs.values()} == {"FINISHED"}
+    last = story.ledger.read(story.sweep)[-1].event
+    assert isinstance(last, Delivered)
+    assert last.up_to == story.ledger.read(story.sweep)[-2].seq
+
+
+def test_writer_outlives_a_server_that_goes_away_and_comes_back(tmp_path: Path, uri: str, client: Any) -> None:
+    database, port = Path(absolute_uri(uri).removeprefix("sqlite:///")), free_port()
+    address = f"http://127.0.0.1:{port}"
+    story = Story(Ledger.in_directory(tmp_path), "away")
+    story.begin()
+    story.ask(0, 1)
+    story.run(0, 1)
+    writer = MlflowWriter(story.ledger, story.sweep, address, "away")
+    with server(database, port):
+        check_tracking(address, "away")
+        writer.start()
+        _until(lambda: any(isinstance(r.event, Delivered) for r in story.ledger.read(story.sweep)))
+    story.report(0, 50, 1.0, points=2500)
+    slowest_s = 0.0
+    for step in range(51, 100):
+        story.report(1, step, 1.0)
+        started_s = time.perf_counter()
+        writer.wake()
+        slowest_s = max(slowest_s, time.perf_counter() - started_s)
+    assert slowest_s < 0.05
+    _until(lambda: writer.last_error is not None)
+    left = MlflowWriter(story.ledger, story.sweep, address, "away")
+    started_s = time.perf_counter()
+    assert not left.finish(2)
+    assert time.perf_counter() - started_s < 4
+    assert left.last_error is not None
+    assert f"port={port}" in left.last_error
+    story.tell(0, "finished", 1.0)
+    story.tell(1, "pruned", 1.0)
+    story.end("finished")
+    with server(database, port):
+        assert writer.finish(40)
+        # The page that people see, and the files behind it, which the direct route wrote as well as the server's.
+        runs = seen(client, "away", story.sweep)
+        (parent,) = [
+            run for run in runs_of(client, "away", story.sweep) if run.data.tags["lora_sweeps.role"] == "sweep"
+        ]
+        query = f"get-artifact?path=spec.yaml&run_uuid={parent.info.run_id}"
+        with urllib.request.urlopen(f"{address}/{query}", timeout=10) as response:
+            assert response.read().decode() == SPEC
+    assert {key: run.status for key, run in runs.items()} == {
+        "sweep ": "FINISHED",
+        "trial 0": "FINISHED",
+        "trial 1": "KILLED",
+    }
+    assert len(runs["trial 0"].metrics["train/loss"]) == 2500
+    assert [step for step, _, _ in runs["trial 1"].metrics["eval/loss"]] == list(range(51, 100))
+
+
+def test_a_refusal_ends_finish_early(story: Story, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    story.tell_all()
+
+    def refuse(uri: str) -> Any:
+        raise TrackingError("you shall not pass")
+
+    monkeypatch.setattr(tracking, "_connect", refuse)
+    writer = MlflowWriter(story.ledger, story.sweep, uri, "refused")
+    started_s = time.perf_counter()
+    assert not writer.finish(60)
+    assert time.perf_counter() - started_s < 10
+    assert writer.last_error == "you shall not pass"
+
+
+def test_an_artifact_store_that_refuses_does_not_hold_up_metrics(
+    story: Story, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("No module named 'boto3'")
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.log_artifacts", refuse)
+    story.tell_all()
+    story.end("finished")
+    with pytest.raises(TrackingError, match=r"no artifacts.*boto3"):
+        deliver(story.ledger, story.sweep, uri, "artifacts")
+    parent = seen(client, "artifacts", story.sweep)["sweep "]
+    assert parent.status == "FINISHED"
+    assert "boto3" in parent.tags["lora_sweeps.artifacts"]
+
+
+def test_importing_is_light_and_delivering_is_silent(tmp_path: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+import sweeps.tracking as tracking
+assert "mlflow" not in sys.modules and "torch" not in sys.modules
+from sweeps.ledger import Ledger
+from tests.sweeps.mlflow_support import Story
+story = Story(Ledger.in_directory(Path({str(tmp_path)!r})), "silent")
+story.tell_all()
+story.end("finished")
+tracking.deliver(story.ledger, "silent", tracking.default_uri(Path({str(tmp_path)!r})), "silent")
+"""
+    root = Path(__file__).parents[2]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("ledger.db", "ledger.db-wal", "ledger.db-shm", "mlflow.db", "mlartifacts")
+    }
+
+
+# -- where MLflow is ---------------------------------------------------------------------------------------------------
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        status = int(self.path.split("/")[1])
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"<html>hello</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def other_server() -> Iterator[str]:
+    """A server that is not MLflow; it answers with the status that its path begins with."""
+    answering = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answer)
+    threading.Thread(target=answering.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{answering.server_address[1]}"
+    answering.shutdown()
+    answering.server_close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "match"),
+    [
+        ("file:///tmp/mlruns", r"found 'file:///tmp/mlruns', a directory of files.*use sqlite:///"),
+        ("./mlruns", "a directory of files"),
+        ("ftp://host/x", r"must be sqlite:///PATH.*found 'ftp://host/x'"),
+        ("databricks://profile", "must be sqlite:///PATH"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///{tmp}/nowhere/mlflow.db", r"nowhere does not exist; make it with"),
+        ("sqlite:///{tmp}", "is a directory; use sqlite:///"),
+        ("sqlite:///{tmp}/text.db", "text.db is none: file is not a database"),
+        ("http://127.0.0.1:{port}", r"127.0.0.1:\d+ does not answer: .*refused.*start it"),
+        ("http://nowhere.invalid", "does not answer"),
+        ("http://{server}/401", r"lets us in; .* refuses \(HTTP 401\).*MLFLOW_TRACKING_USERNAME"),
+        ("http://{server}/403", r"refuses \(HTTP 403\).*--allowed-hosts"),
+        ("http://{server}/404", "answers HTTP 404, but not as MLflow does"),
+        ("http://{server}/200", "answers HTTP 200, but not as MLflow does"),
+        ("postgresql://user@127.0.0.1:{port}/mlflow", "database that can be reached"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused_in_time(
+    uri: str, match: str, tmp_path: Path, other_server: str
+) -> None:
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    before = sorted(tmp_path.iterdir())
+    started_s = time.perf_counter()
+    with pytest.raises(TrackingError, match=match):
+        check_tracking(uri.format(tmp=tmp_path, port=free_port(), server=other_server), "digits")
+    assert time.perf_counter() - started_s < 10
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(TrackingError, match=f"{tmp_path} cannot be written"):
+        check_tracking(default_uri(tmp_path))
+
+
+def test_a_usable_address_passes_and_nothing_is_made(tmp_path: Path, uri: str) -> None:
+    check_tracking(default_uri(tmp_path), "digits")
+    assert list(tmp_path.iterdir()) == []
+    check_tracking(uri, "digits")
+
+
+@pytest.mark.parametrize(
+    "secret_uri",
+    ["http://ann:s3cret@127.0.0.1:{port}", "postgresql://ann:s3cret@127.0.0.1:{port}/mlflow", "ftp://ann:s3cret@host"],
+)
+def test_passwords_are_never_shown(secret_uri: str, story: Story) -> None:
+    uri = secret_uri.format(port=free_port())
+    story.begin()
+    writer = MlflowWriter(story.ledger, story.sweep, uri, "secret")
+    with pytest.raises(TrackingError) as refused:
+        check_tracking(uri)
+    if uri.startswith("http"):
+        writer.finish(3)
+        assert writer.last_error
+    shown = [str(refused.value), str(writer.last_error), open_command(uri), run_url(uri, "1", "abc")]
+    assert "s3cret" not in " ".join(shown)
+
+
+def test_passwords_do_not_reach_mlflow(story: Story, uri: str, client: Any) -> None:
+    story.spec_text = f"# postgresql://ann:s3c/ret@host/db\n{SPEC}"
+    story.begin()
+    deliver(story.ledger, story.sweep, uri, "secrets")
+    (run,) = runs_of(client, "secrets", story.sweep)
+    directory = Path(urllib.request.url2pathname(urllib.parse.urlparse(run.info.artifact_uri).path))
+    assert (directory / "spec.yaml").read_text() == f"# postgresql://ann:***@host/db\n{SPEC}"
+
+
+def test_addresses_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_uri(Path()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert absolute_uri("sqlite:///mlflow.db") == default_uri(tmp_path)
+    assert open_command("sqlite:///mlflow.db") == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow.db"
+    assert open_command("sqlite:////a b/m.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/m.db'"
+    assert open_command("https://ann:x@host/mlflow/") == "https://host/mlflow"
+    assert run_url("https://ann:x@host/mlflow/", "7", "abc") == "https://host/mlflow/#/experiments/7/runs/abc"
+    assert run_url(default_uri(tmp_path), "7", "abc") == "http://127.0.0.1:5000/#/experiments/7/runs/abc"
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, "waited 30 s in vain"
+        time.sleep(0.05)

@@ -183,7 +183,7 @@ class LoraBank:
             view.copy_(tensors[key])
 
     @torch.no_grad()
-    def update_norms_KL(self) -> Tensor:  # noqa: N802
+    def update_norms_KL(self) -> Tensor:
         """Returns the Frobenius norm of s B A, a row a member and a column a layer, in float64.
 
         ||BA||^2 = tr((A A^T) (B^T B)), so two R x R Gram matrices do for an O x I product. A gauge of powers of two

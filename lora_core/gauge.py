@@ -9,8 +9,8 @@
     (a, b)      a gauge: A -> A / a, B -> B / b, s -> a b s
     k           a b, the factor on alpha; with one learning rate for both factors a = b = sqrt(k)
 
-The product s B A, and so the model, does not notice a gauge. The gradients do: g_A -> a g_A and g_B -> b g_B. Training is
-unchanged step by step when the optimizer's constants absorb that:
+The product s B A, and so the model, does not notice a gauge. The gradients do: g_A -> a g_A and g_B -> b g_B.
+Training is unchanged step by step when the optimizer's constants absorb that:
 
     lr of A, lr of B              lr_A a**-(1+p),   lr_B b**-(1+p)
     eps of A, B (p = 0)           eps a,            eps b
@@ -83,11 +83,11 @@ LAWS: dict[str, OptimizerLaw] = {
 }
 
 WITHOUT_LAW: dict[str, str] = {
-    "radam": "its warm-up phase takes steps of degree 1 in the gradient and its later phase of degree 0, so no one power "
-    "of k compensates alpha",
-    "adadelta": "its absolute eps sets the size of the first steps, so alpha cannot be compensated by lr and init scale",
-    "adafactor": "its steps are relative to the weights' own size with an absolute floor, so alpha cannot be compensated "
-    "by lr and init scale",
+    "radam": "its warm-up phase takes steps of degree 1 in the gradient and its later phase of degree 0, so no one "
+    "power of k compensates alpha",
+    "adadelta": "its absolute eps sets the size of the first steps, so lr and init scale cannot compensate alpha",
+    "adafactor": "its steps are relative to the weights' own size with an absolute floor, so lr and init scale cannot "
+    "compensate alpha",
 }
 
 
@@ -167,13 +167,13 @@ def regauge(point: Point, gauge: Gauge, law: OptimizerLaw) -> Point:
     """Returns the twin of `point` in another gauge: another alpha, the same training run.
 
     Raises:
-        ValueError: the point clips its gradient norm and the gauge treats A and B differently; the norm is taken over both
-            factors together, so no clip norm reproduces it.
+        ValueError: the point clips its gradient norm and the gauge treats A and B differently; the norm is taken over
+            both factors together, so no clip norm reproduces it.
     """
     if point.clip_norm is not None and gauge.a != gauge.b:
         raise ValueError(
-            f"a clipped run keeps its trajectory only where A and B are scaled alike; found a={gauge.a!r}, b={gauge.b!r}: "
-            "use a == b, or no clip_norm"
+            "a clipped run keeps its trajectory only where A and B are scaled alike; "
+            f"found a={gauge.a!r}, b={gauge.b!r}: use a == b, or no clip_norm"
         )
     return replace(
         point,
@@ -197,8 +197,8 @@ def _regauge_factor(settings: FactorSettings, factor: float, law: OptimizerLaw) 
 def gauge_to(point: Point, scaling: float, init_scale: float | None = None) -> Gauge:
     """Returns the gauge that brings a point to another scaling and, if given, to another init scale.
 
-    With a scaling alone it is the one-parameter gauge a = b = sqrt(k), which keeps the ratio of the learning rates. With an
-    init scale too it is the two-parameter gauge, which changes that ratio.
+    With a scaling alone it is the one-parameter gauge a = b = sqrt(k), which keeps the ratio of the learning rates.
+    With an init scale too it is the two-parameter gauge, which changes that ratio.
     """
     k = scaling / point.scaling
     if init_scale is None:
@@ -236,8 +236,9 @@ def exact(value: float | int | str) -> Fraction:
 class ExactInvariants:
     """What a gauge cannot change, as exact rationals; equal invariants and equal rank mean twins.
 
-    Every entry is the square of the textbook invariant (lr**2 s, c**2 s and so on), because the square of rsLoRA's scaling
-    alpha / sqrt(r) is rational where the scaling is not. All quantities are positive, so squaring loses nothing.
+    Every entry is the square of the textbook invariant (lr**2 s, c**2 s and so on), because the square of rsLoRA's
+    scaling alpha / sqrt(r) is rational where the scaling is not. All quantities are positive, so squaring loses
+    nothing.
     """
 
     law: OptimizerLaw
@@ -317,20 +318,18 @@ class AlphaRule:
         Raises:
             ValueError: anything else, or a factor that is not positive.
         """
-        requirement = 'alpha must be a positive number, or a rule such as "2*rank" or "8*sqrt(rank)"'
-        if isinstance(text, str) and (match := _RULE.match(text)):
-            factor = Fraction(match["factor"] or "1")
-            half_powers: Literal[1, 2] = 1 if match["term"].startswith("sqrt") else 2
-            if factor > 0:
-                return cls(factor, half_powers)
-            raise ValueError(f"{requirement}; found {text!r}")
+        match = _RULE.match(text) if isinstance(text, str) else None
+        number = (match["factor"] or "1") if match else str(text)
         try:
-            factor = exact(text)
-        except (ValueError, ZeroDivisionError):
-            raise ValueError(f"{requirement}; found {text!r}") from None
-        if factor <= 0:
+            # As a float first: a Fraction of "1e999999999" would fill the memory with its digits.
+            positive = 0 < float(number) < math.inf
+        except ValueError:
+            positive = False
+        if not positive:
+            requirement = 'alpha must be a positive number, or a rule such as "2*rank" or "8*sqrt(rank)"'
             raise ValueError(f"{requirement}; found {text!r}")
-        return cls(factor)
+        half_powers: Literal[0, 1, 2] = 0 if match is None else 1 if match["term"].startswith("sqrt") else 2
+        return cls(exact(number), half_powers)
 
     def at(self, rank: int) -> float:
         """alpha at a rank."""

@@ -57,7 +57,7 @@ class Trajectory:
             )
 
     @property
-    def quantities_TQ(self) -> Tensor:  # noqa: N802
+    def quantities_TQ(self) -> Tensor:
         """Losses and update norms side by side."""
         return torch.cat([self.losses[:, None], self.update_norms], dim=1)
 
@@ -86,10 +86,10 @@ def record_trajectories(bank: LoraBank, steps: Iterable[StepRecord]) -> tuple[Tr
     losses_TK, norms_TKL = [], []
     for record in steps:
         losses_TK.append(record.losses)
-        norms_TKL.append(bank.update_norms_KL().cpu())
+        norms_TKL.append(bank.update_norms_KL())
     if not norms_TKL:
         raise ValueError("a trajectory needs at least one step; found none")
-    losses, norms = torch.tensor(losses_TK, dtype=torch.float64), torch.stack(norms_TKL)
+    losses, norms = torch.tensor(losses_TK, dtype=torch.float64), torch.stack(norms_TKL).cpu()
     return tuple(Trajectory(losses[:, k].clone(), norms[:, k].clone()) for k in range(len(bank.members)))
 
 

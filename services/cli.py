@@ -177,7 +177,8 @@ def best(sweep: str, as_json: bool) -> None:
 @_AS_JSON
 def export(sweep: str, form: str, output: Path | None, as_json: bool) -> None:
     """Write the best point in a trainer's config format, in the gauge of its default init."""
-    from sweeps.export import FORMATS, ExportPoint
+    from sweeps.export import FORMATS
+    from sweeps.export.point import ExportPoint
 
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")

@@ -1,8 +1,9 @@
-"""What is searched once alpha is gone: the dimensions of the canonical space, and what part of the user's space they leave out.
+"""What is searched once alpha is gone: the dimensions of the canonical space, and what part of the user's space they
+leave out.
 
     k            alpha / reference alpha
-    shift        factor between a configuration's value of a dimension and its canonical value, e.g. sqrt(k) for AdamW's lr
-    keep, widen  whether the user's ranges stand at the reference alpha, or are widened to reach every corner that alpha did
+    shift        factor between a configuration's value of a dimension and its canonical value: sqrt(k) for AdamW's lr
+    keep, widen  whether the user's ranges stand at the reference alpha, or reach every corner that alpha did
 
 The box is the same for every rank, so that samplers see a fixed space.
 """

@@ -1,8 +1,8 @@
 """Which classes get their twins really trained, and the certificate that comes of it.
 
-A certificate is the recorded proof that a class collapses: the representative and its twins at the other values of alpha,
-trained one by one over the same data, with every step's loss and update norm kept. Control runs, the representative with
-its init moved by one unit in the last place, say how far rounding alone would take them apart.
+A certificate is the recorded proof that a class collapses: the representative and its twins at the other values of
+alpha, trained one by one over the same data, with every step's loss and update norm kept. Control runs, the
+representative with its init moved by one unit in the last place, say how far rounding alone would take them apart.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def choose(
     sign = 1 if spec.metric.goal == "minimize" else -1
     ranked = sorted(finished, key=lambda trial: (sign * (math.inf if trial[1] is None else trial[1]), trial[0]))
     ranks_seen: set[int] = set()
-    first, rest = [], []
+    first: list[tuple[int, Configuration, str]] = []
+    rest: list[tuple[int, Configuration, str]] = []
     for number, _, configuration, class_id in ranked:
         (rest if configuration.rank in ranks_seen else first).append((number, configuration, class_id))
         ranks_seen.add(configuration.rank)

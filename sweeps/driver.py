@@ -27,11 +27,13 @@ from sweeps.events import (
     SweepEnded,
     SweepState,
 )
-from sweeps.export import FORMATS, ExportPoint
+from sweeps.export import FORMATS
+from sweeps.export.point import ExportPoint
 from sweeps.home import Home
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, make_plan, trial_space
+from sweeps.projection import hide_passwords
 from sweeps.records import SweepRecord, TrialRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
@@ -161,7 +163,7 @@ def start(document: SpecDocument, home: Home, *, name: str | None, address: str 
             spec_text=document.text,
             source=document.source,
             plan=plan.model_dump(mode="json"),
-            tracking_uri=tracking.hide_passwords(tracking.absolute_uri(uri)),
+            tracking_uri=hide_passwords(tracking.absolute_uri(uri)),
             experiment=experiment,
             lanes=plan.workers + 1,
             pack=plan.pack,
@@ -356,10 +358,10 @@ def _tracking_uri(record: SweepRecord) -> str:
     if _HIDDEN not in stored:
         return stored
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if tracking.hide_passwords(uri) == stored:
+    if hide_passwords(uri) == stored:
         return uri
     raise TrackingError(
-        f"the sweep is tracked at {stored}, whose password is not kept: set MLFLOW_TRACKING_URI to that address, with it"
+        f"the sweep is tracked at {stored}, whose password is not kept: set MLFLOW_TRACKING_URI to that address"
     )
 
 

@@ -1,7 +1,8 @@
 """Runs jobs on Ray: a local cluster of its own, or one that is there. With `worker.py`, all that knows of Ray.
 
-One Ray Tune trial is one job. Tune places jobs on workers and keeps the workers alive between them; it decides nothing and
-remembers nothing. What happened is in the ledger, so Tune's own experiment state goes to a temporary directory.
+One Ray Tune trial is one job. Tune places jobs on workers and keeps the workers alive between them; it decides
+nothing and remembers nothing. What happened is in the ledger, so Tune's own experiment state goes to a temporary
+directory.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[
     """Connects to a Ray cluster for as long as the context lasts.
 
     Args:
-        address: `auto` or `HOST:PORT` of a running cluster; None starts one on this machine, on loopback only and behind a
-            token of its own.
+        address: `auto` or `HOST:PORT` of a running cluster; None starts one on this machine, on loopback only and
+            behind a token of its own.
         workers: CPUs of a local cluster.
         token_file: where a local cluster's token is kept.
 
@@ -74,8 +75,8 @@ def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[
         _guard_local_cluster(token_file)
     elif address.startswith("ray://"):
         raise ClusterError(
-            f"--address must be `auto` or HOST:PORT of the cluster's head; found {address}: Ray Client connections cannot "
-            "carry a search; run on the head node with --address auto"
+            f"--address must be `auto` or HOST:PORT of the cluster's head; found {address}: Ray Client connections "
+            "cannot carry a search; run on the head node with --address auto"
         )
     else:
         _check_reachable(address)

@@ -22,7 +22,7 @@ class SweepsError(Exception):
 
 
 class InputError(SweepsError, ValueError):
-    """What was asked for cannot be done as asked; the message says what was required, what was found, and the way out."""
+    """What was asked for cannot be done; the message says what was required, what was found, and the way out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,7 @@ class Home:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise StateError(
-                    f"a sweep is driven by one process at a time; another one drives {sweep} now: wait for it or stop it"
+                    f"one process drives a sweep; another one drives {sweep} now: wait for it or stop it"
                 ) from None
             yield
 

@@ -22,7 +22,7 @@ class MemberOrder(_Message):
     configuration: Configuration
     class_id: str
     checkpoint: str | None = None
-    """Where its state at the job's first step lies, relative to `JobOrder.checkpoints`; None starts from the beginning."""
+    """Where its state at the job's first step lies, relative to `JobOrder.checkpoints`; None: at the beginning."""
 
 
 class JobOrder(_Message):

@@ -1,7 +1,7 @@
 """The one truth about sweeps: an append-only list of events in a database.
 
-SQLite by default (WAL, synchronous=FULL, so that what was appended survives a power cut); PostgreSQL by URL. Studies, MLflow
-and reports are projections of it and can be made again at any time.
+SQLite by default (WAL, synchronous=FULL, so that what was appended survives a power cut); PostgreSQL by URL. Studies,
+MLflow and reports are projections of it and can be made again at any time.
 """
 
 from __future__ import annotations

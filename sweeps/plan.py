@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, TrialSpace
 from sweeps.reduction import Reduction
-from sweeps.spec import SweepSpec
+from sweeps.spec import MedianPruner, SuccessiveHalving, SweepSpec
 
 _DEFAULT_TRIALS = 64
 _LARGEST_AUTO_PACK = 64
@@ -132,8 +132,13 @@ def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int) ->
 
 
 def _member_steps(spec: SweepSpec, trials: int, rungs: tuple[int, ...]) -> int:
-    pruner = spec.search.pruner
-    factor = {"successive_halving": getattr(pruner, "reduction_factor", 1), "median": 2}.get(pruner.type, 1)
+    match spec.search.pruner:
+        case SuccessiveHalving() as pruner:
+            factor = pruner.reduction_factor
+        case MedianPruner():
+            factor = 2
+        case _:
+            factor = 1
     stretches = zip((0, *rungs), rungs, strict=False)
     return sum(round(max(1.0, trials / factor**i) * (stop - start)) for i, (start, stop) in enumerate(stretches))
 
@@ -155,8 +160,8 @@ def _outside(spec: SweepSpec, canonical: CanonicalSpace) -> Outside:
         explanation = "the ranges are widened to reach every corner that alpha did"
     else:
         explanation = (
-            f"the ranges stand at alpha = {canonical.reduction.reference}; the rest of the space as written needs lr or "
-            "init_scale beyond them (reduction.ranges: widen searches it too, at 1.5 to 2 times the trials)"
+            f"the ranges stand at alpha = {canonical.reduction.reference}; the rest needs lr or init_scale beyond them "
+            "(reduction.ranges: widen searches it too, at 1.5 to 2 times the trials)"
         )
     return Outside(share=share, explanation=explanation)
 
@@ -166,14 +171,14 @@ def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int 
     searched = reduction.space.searched
     if "alpha" in reduction.eliminated and "init_scale" not in searched and not reduction.two_parameter:
         found.append(
-            "alpha is searched and init_scale is not: alpha was a knob for the init scale, which is searched in its place"
+            "alpha is searched and init_scale is not: alpha was an init-scale knob, and init_scale takes its place"
         )
     if not reduction.travel and "alpha" in searched:
         constants = [name for name, on in (("eps", reduction.law.has_eps), ("clip_norm", reduction.clip_norm)) if on]
         if constants:
             found.append(
-                f"constants: fixed reads {' and '.join(constants)} literally, so configurations of different alpha are twins "
-                "but for that and stay apart"
+                f"constants: fixed reads {' and '.join(constants)} literally, so configurations of different alpha are "
+                "twins but for that and stay apart"
             )
     if "lr_ratio" in searched and reduction.clip_norm is not None:
         found.append("clip_norm ties A and B together, so lr_ratio eliminates alpha only, and init_scale stays")

@@ -1,4 +1,4 @@
-"""The report's two plots, as SVG: the search, and twins over their representatives. The only file that imports matplotlib."""
+"""The report's plots, as SVG: the search, and twins over their representatives. Alone imports matplotlib."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _twin_distances(axis: Any, certificate: Certificate) -> None:
 
 
 def _distances(certificate: Certificate, twin: TwinVerdict) -> list[tuple[int, float]]:
-    """(step, relative distance of the losses); steps where they are equal would be lost on a log axis and are floored."""
+    """(step, relative distance of the losses); where they are equal it is floored, for the log axis."""
     pairs = zip(certificate.losses, twin.losses, strict=False)
     return [(step, max(abs(a - b) / (abs(a) or 1.0), 1e-9)) for step, (a, b) in enumerate(pairs, start=1)]
 

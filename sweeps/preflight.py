@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, p
                 ticks.append(time.perf_counter())
     finally:
         torch.set_num_threads(threads)
-    steps = sorted(after - before for before, after in zip(ticks, ticks[1:], strict=False))
+    steps = sorted(after - before for before, after in itertools.pairwise(ticks))
     return steps[len(steps) // 2] / pack
 
 

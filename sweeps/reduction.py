@@ -1,11 +1,12 @@
 """From the user's search space to the space without alpha: which configurations are one training run.
 
     k       alpha / reference alpha at the same rank (so also the ratio of the scalings)
-    (a, b)  the gauge from the reference to a configuration: a = b = sqrt(k) with one learning rate (the *shared* gauge);
+    (a, b)  the gauge from the reference to a configuration: a = b = sqrt(k) with one learning rate (the *shared*
+            gauge);
             a = reference init scale / init scale, b = k / a where lr_ratio is searched too (the *two-parameter* gauge)
 
-Configurations of a finite space are grouped by exact rational invariants, never by a tolerance. The canonical point of a
-class is its member at the reference alpha.
+Configurations of a finite space are grouped by exact rational invariants, never by a tolerance. The canonical point
+of a class is its member at the reference alpha.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Reduction:
         )
 
     def canonical(self, configuration: Configuration) -> Configuration:
-        """The member of the configuration's class at the reference alpha (and init scale, where that is a gauge too)."""
+        """The member of the configuration's class at the reference alpha (and init scale, where that is a gauge)."""
         return self.lift(configuration, self.reference.at(configuration.rank), self.reference_init_scale)
 
     def lift(self, configuration: Configuration, alpha: float, init_scale: float | None = None) -> Configuration:
@@ -233,8 +234,8 @@ class Reduction:
     def _keys_at(self, rank: int, rule: AlphaRule, others: tuple[tuple[float, ...], ...]) -> Iterator[Key]:
         """Keys of all configurations of one rank and alpha.
 
-        Exact fractions are slow and grids are large, so under the shared gauge each invariant is computed once for a value,
-        and the loop over configurations only joins them.
+        Exact fractions are slow and grids are large, so under the shared gauge each invariant is computed once for a
+        value, and the loop over configurations only joins them.
         """
         s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
         lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
@@ -243,7 +244,8 @@ class Reduction:
                 yield (rank, *self._two_parameter_key(lr, c, ratio, wd, s2))
             return
         invariants, fixed = self._invariants, not self.travel
-        constants = (_unless_zero(invariants.eps, self.eps, s2), _unless_zero(invariants.clip_norm, self.clip_norm, s2))
+        clip_norm = None if self.clip_norm is None else exact(self.clip_norm)
+        constants = (invariants.eps(exact(self.eps), s2), _unless_zero(invariants.clip_norm, clip_norm, s2))
         yield from product(
             (rank,),
             [_Hashed(invariants.lr(lr, s2)) for lr in lrs],
@@ -289,21 +291,22 @@ class _Hashed(Fraction):
     """A fraction that computes its hash once: hashing is what grouping a million keys spends its time on."""
 
     __slots__ = ("_hash",)
+    _hash: int
 
     def __new__(cls, value: Fraction) -> _Hashed:
         self = super().__new__(cls, value)
         self._hash = Fraction.__hash__(value)
         return self
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[override]  # typeshed's numbers.Complex has none
         return self._hash
 
 
 def _unless_zero(
-    invariant: Callable[[Fraction, Fraction], Fraction], constant: Fraction | float | None, scaling_squared: Fraction
+    invariant: Callable[[Fraction, Fraction], Fraction], constant: Fraction | None, scaling_squared: Fraction
 ) -> Fraction:
     """The invariant of a constant that may be absent; absent and 0 are the same in every gauge."""
-    return invariant(exact(constant), scaling_squared) if constant else Fraction(0)
+    return invariant(constant, scaling_squared) if constant else Fraction(0)
 
 
 def _name(key: Key) -> str:

@@ -3,12 +3,12 @@
     lane   one of the jobs that may be under way at once; job j is composed from the results of jobs 0 .. j - lanes
     rung   a step count at which trials report; a *job* takes one pack from one rung to the next
 
-Pure logic: no Ray, no torch, no clock in any decision. In the reproducible order (the default) results are applied in the
-order in which their jobs were composed, so that what is searched depends on seeds alone, not on which worker came first; in
-the asynchronous order they are applied as they arrive.
+Pure logic: no Ray, no torch, no clock in any decision. In the reproducible order (the default) results are applied in
+the order in which their jobs were composed, so that what is searched depends on seeds alone, not on which worker came
+first; in the asynchronous order they are applied as they arrive.
 
-Every decision follows from the calls made on the searcher, and the ledger has all of those. Resuming is therefore replaying:
-the same code is run over the recorded calls, with recorded answers in the sampler's place.
+Every decision follows from the calls made on the searcher, and the ledger has all of those. Resuming is therefore
+replaying: the same code is run over the recorded calls, with recorded answers in the sampler's place.
 """
 
 from __future__ import annotations
@@ -193,14 +193,15 @@ class PackSearcher:
         if job is None or self._jobs[job].trials != started.trials or self._jobs[job].stop != started.stop:
             found = "nothing" if job is None else f"trials {self._jobs[job].trials} to step {self._jobs[job].stop}"
             raise StateError(
-                f"to resume, the ledger must replay: job {started.job} was recorded with trials {started.trials} to step "
-                f"{started.stop}, this version composes {found}; resume with the version that began the sweep, or run it anew"
+                f"to resume, the ledger must replay: job {started.job} was recorded with trials {started.trials} to "
+                f"step {started.stop}, this version composes {found}; resume with the version that began the sweep, or "
+                "run it anew"
             )
 
     # -- composing
 
     def _compose(self) -> int | None:
-        """Appends the next pack to `_jobs` and returns its number, applying results as the order of the search demands."""
+        """Appends the next pack to `_jobs`, applying results as the order of the search demands; its number."""
         while not self.finished:
             if not self._apply_due():
                 return None

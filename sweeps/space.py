@@ -1,7 +1,7 @@
 """The search space: the dimensions as the user wrote them, alpha included.
 
-A *configuration* is one point of it. A finite space numbers its configurations in mixed radix over `DIMENSIONS`, so that a
-grid of a million needs no list of a million objects.
+A *configuration* is one point of it. A finite space numbers its configurations in mixed radix over `DIMENSIONS`, so
+that a grid of a million needs no list of a million objects.
 """
 
 from __future__ import annotations

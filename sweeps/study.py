@@ -1,8 +1,8 @@
 """The Optuna study of a sweep: asks for points, prunes at rungs, is told values. The only file that imports optuna.
 
 The study lives in memory and is nobody's truth: the ledger is, and `ask_known` and `tell` rebuild a study from it. The
-sampler's seed for trial n is derived from the spec's seed and n, so that a suggestion depends on what was told before it and
-on nothing else, a restart least of all.
+sampler's seed for trial n is derived from the spec's seed and n, so that a suggestion depends on what was told before
+it and on nothing else, a restart least of all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from optuna.trial import Trial, TrialState
 
 from sweeps.canonical import Continuous, Dimension, Ordinal
 from sweeps.events import TrialState as Ending
-from sweeps.spec import SearchSpec
+from sweeps.spec import Goal, MedianPruner, SearchSpec, SuccessiveHalving
 
 _SEES_FINISHED_TRIALS_ONLY = ("gp", "cmaes")
 
@@ -44,7 +44,7 @@ class Study:
     """An in-memory Optuna study over the dimensions of a canonical space."""
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], search: SearchSpec, *, goal: str, rungs: tuple[int, ...]
+        self, dimensions: tuple[Dimension, ...], search: SearchSpec, *, goal: Goal, rungs: tuple[int, ...]
     ) -> None:
         """Starts an empty study.
 
@@ -98,8 +98,8 @@ class Study:
     def prune(self, step: int, values: Mapping[int, float]) -> frozenset[int]:
         """Reports the values of a pack's trials at a rung, and returns the numbers of those that the pruner ends.
 
-        The whole pack is reported before the first decision, and all decisions see all of it: Optuna's pruners decide on
-        what has been reported so far, which within a pack would favour whoever happened to come first.
+        The whole pack is reported before the first decision, and all decisions see all of it: Optuna's pruners decide
+        on what has been reported so far, which within a pack would favour whoever happened to come first.
         """
         report_step = self._report_steps[step]
         for number, value in values.items():
@@ -114,8 +114,8 @@ class Study:
     def tell(self, number: int, state: Ending, value: float | None) -> None:
         """Closes a trial.
 
-        Samplers that look at finished trials only are told a pruned trial's last value as if it had finished: they would
-        otherwise propose the same bad region again.
+        Samplers that look at finished trials only are told a pruned trial's last value as if it had finished: they
+        would otherwise propose the same bad region again.
         """
         trial = self._open.pop(number)
         if state == "finished" or (state == "pruned" and self._search.method in _SEES_FINISHED_TRIALS_ONLY):
@@ -158,13 +158,11 @@ def _sampler(search: SearchSpec, number: int) -> optuna.samplers.BaseSampler:
 
 
 def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
-    match search.pruner.type:
-        case "successive_halving":
-            return optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=1, reduction_factor=search.pruner.reduction_factor
-            )
-        case "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=search.pruner.warmup_trials)
+    match search.pruner:
+        case SuccessiveHalving(reduction_factor=factor):
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=factor)
+        case MedianPruner(warmup_trials=warmup_trials):
+            return optuna.pruners.MedianPruner(n_startup_trials=warmup_trials)
         case _:
             return optuna.pruners.NopPruner()
 
@@ -172,10 +170,10 @@ def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
 def _report_steps(search: SearchSpec, rungs: tuple[int, ...]) -> dict[int, int]:
     """The step under which each rung is reported to Optuna.
 
-    Its successive halving knows rungs at min_resource * factor**i only; reporting rung i as factor**i lets a spec put its
-    rungs where it likes.
+    Its successive halving knows rungs at min_resource * factor**i only; reporting rung i as factor**i lets a spec put
+    its rungs where it likes.
     """
-    if search.pruner.type == "successive_halving":
+    if isinstance(search.pruner, SuccessiveHalving):
         return {rung: search.pruner.reduction_factor**i for i, rung in enumerate(rungs)}
     return {rung: rung for rung in rungs}
 

@@ -1,7 +1,7 @@
 """What is trained: a frozen model, data, and what they are measured by.
 
-A task is built from its section of the spec by `load_task`. To add one: a model in the union of `sweeps/spec.py`, a file here
-with a class that follows `Task`, and a line in `load_task`.
+A task is built from its section of the spec by `load_task`. To add one: a model in the union of `sweeps/spec.py`, a
+file here with a class that follows `Task`, and a line in `load_task`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     N       samples
     C       classes, 10
 
-Real data that ships with a dependency, and small enough that a sweep takes seconds. A 64-128-128-10 network is trained on
-upright digits and frozen; LoRA adapts it to turned ones. The metric is the cross-entropy of held-out turned digits in nats,
-with accuracy beside it.
+Real data that ships with a dependency, and small enough that a sweep takes seconds. A 64-128-128-10 network is
+trained on upright digits and frozen; LoRA adapts it to turned ones. The metric is the cross-entropy of held-out
+turned digits in nats, with accuracy beside it.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_a_newer_checkpoint_takes_the_place_of_the_older(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2, "one tensor file, one manifest"
 
 
-@pytest.mark.parametrize("deadly", range(12))
+@pytest.mark.parametrize("deadly", range(14))
 def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch, deadly):
     save(tmp_path, 1.0, step=1)
     calls = 0
@@ -67,7 +67,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path, mo
         def call(*args, **kwargs):
             nonlocal calls
             calls += 1
-            if calls == deadly + 1:
+            if calls > deadly:  # the dead do not tidy up either
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
@@ -83,7 +83,7 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path, mo
         except KeyboardInterrupt:
             pass
         else:
-            assert deadly >= 9, "every step of a save must have been interrupted once"
+            assert deadly == 13, "every step of a save must have been interrupted once"
     state = load_member(tmp_path)
     assert float(state.adapter["blocks.0.fc1.lora_A"][0, 0]) == float(state.step)
     save(tmp_path, 3.0, step=3)
@@ -168,7 +168,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(tmp_path, text):
 
 
 def resumed(directory: Path, first: Pack, place: int, second: Pack, new_place: int, *, middle: int, stop: int):
-    """Trains to the middle, saves, loads into another pack, goes on: the losses on the way and the weights at the end."""
+    """Trains to the middle, saves, loads into another pack, goes on: the losses on the way, the weights at the end."""
     losses = [record.losses[place] for record in first.train(0, middle)]
     save_member(
         directory, adapter=first.bank.adapter(place), optimizer=first.optimizer.state(place), step=middle, extra={}

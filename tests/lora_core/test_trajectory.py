@@ -82,6 +82,14 @@ def test_two_parameter_twins_of_powers_of_two_are_bit_identical(config, dtype, f
 
 
 @by_optimizer
+def test_twins_over_a_bfloat16_model_are_bit_identical(config):
+    point = representative(config)
+    twin = regauge(point, Gauge.of_alpha(4), LAWS[config.name])
+    one, other = (run(each, config, dtype=torch.bfloat16) for each in (point, twin))
+    assert compare(one, other, []).kind == "bit-identical"
+
+
+@by_optimizer
 def test_the_clip_of_these_runs_does_clip(config):
     point = representative(config)
     assert not torch.equal(run(point, config).losses, run(replace(point, clip_norm=None), config).losses)

@@ -103,8 +103,10 @@ def compare(
 ) -> Verdict:
     """Gives the verdict on a twin.
 
-    Non-finite values count as equal where both runs have the same ones at the same places, else as different. A
-    control says nothing where its own values are not finite or it had already stopped.
+    Non-finite values count as equal where both runs have the same ones at the same places, else as infinitely far
+    apart; a run that ended early counts as NaN from there on. Where a control parts from the representative in this
+    way, rounding alone makes the difference between diverging now and a step later, so the envelope is infinite from
+    there on.
 
     Args:
         representative: the run that stands for the class.
@@ -124,16 +126,26 @@ def compare(
         return Verdict("bit-identical", 0.0)
     if not controls:
         raise ValueError("a twin that is not bit-identical is judged by control runs; found none: train at least one")
-    steps = min(len(base_TQ), len(twin_TQ))
-    envelope_TQ = _envelope(base_TQ, [control.quantities_TQ for control in controls], eps)[:steps]
-    deviation_TQ = _deviation(base_TQ[:steps], twin_TQ[:steps])
-    ratio_T = (deviation_TQ / envelope_TQ).masked_fill(deviation_TQ == 0, 0.0).amax(dim=1)  # 0 / 0, where eps is 0
+    steps = max(len(base_TQ), len(twin_TQ))
+    base_TQ, twin_TQ = _ended(base_TQ, steps), _ended(twin_TQ, steps)
+    controls_TQ = [_ended(control.quantities_TQ, steps) for control in controls]
+    ratio_T = _ratios(_deviation(base_TQ, twin_TQ), _envelope(base_TQ, controls_TQ, eps))
     outside = (ratio_T > threshold).nonzero().flatten().tolist()
     if outside:
         return Verdict("different", float(ratio_T.max()), int(outside[0]) + 1)
-    if len(base_TQ) != len(twin_TQ):  # one of them diverged and ended where the other went on
-        return Verdict("different", math.inf, steps + 1)
     return Verdict("identical up to rounding", float(ratio_T.max()))
+
+
+def _ended(run_TQ: Tensor, steps: int) -> Tensor:
+    """A run of that many steps; one that ended early had diverged, and all that could have followed is NaN."""
+    missing = max(0, steps - len(run_TQ))
+    return torch.cat([run_TQ, run_TQ.new_full((missing, run_TQ.shape[1]), math.nan)])[:steps]
+
+
+def _ratios(deviation_TQ: Tensor, envelope_TQ: Tensor) -> Tensor:
+    """The largest deviation of each step in envelopes [T]; 0 / 0 is 0, and infinite / infinite just reaches it: 1."""
+    ratio_TQ = (deviation_TQ / envelope_TQ).masked_fill(deviation_TQ == 0, 0.0)
+    return ratio_TQ.masked_fill(deviation_TQ.isinf() & envelope_TQ.isinf(), 1.0).amax(dim=1)
 
 
 def _deviation(base_TQ: Tensor, run_TQ: Tensor) -> Tensor:
@@ -152,10 +164,5 @@ def _same(base_TQ: Tensor, run_TQ: Tensor) -> Tensor:
 
 
 def _envelope(base_TQ: Tensor, controls: Sequence[Tensor], eps: float) -> Tensor:
-    widest_TQ = torch.zeros_like(base_TQ)
-    for control_TQ in controls:
-        steps = min(len(base_TQ), len(control_TQ))
-        deviation_TQ = _deviation(base_TQ[:steps], control_TQ[:steps])
-        known_TQ = deviation_TQ.masked_fill(deviation_TQ.isinf(), 0.0)
-        widest_TQ[:steps] = torch.maximum(widest_TQ[:steps], known_TQ)
+    widest_TQ = torch.stack([_deviation(base_TQ, control_TQ) for control_TQ in controls]).amax(dim=0)
     return eps + widest_TQ.cummax(dim=0).values

@@ -51,11 +51,13 @@ def run(spec: Path | None, name: str | None, address: str | None, resume: str | 
         raise click.UsageError("run takes either a SPEC or --resume SWEEP.")
     if resume is not None and name is not None:
         raise click.UsageError("--name names a new sweep; a resumed one keeps its name.")
-    with watching() as progress:
+    with watching() as (progress, interrupts):
+        home = Home.open()
         if spec is not None:
-            outcome = driver.start(load_spec(spec), Home.open(), name=name, address=address, progress=progress)
+            document = load_spec(spec)
+            outcome = driver.start(document, home, name=name, address=address, progress=progress, interrupts=interrupts)
         else:
-            outcome = driver.resume(resume or "", Home.open(), address=address, progress=progress)
+            outcome = driver.resume(resume or "", home, address=address, progress=progress, interrupts=interrupts)
     sys.exit(print_outcome(outcome, as_json=as_json))
 
 

@@ -18,10 +18,11 @@ from typing import Any
 import click
 
 from sweeps import tracking
-from sweeps.driver import Interrupted, Outcome
+from sweeps.driver import Outcome
 from sweeps.events import Event, JobStarted, RungReported, TrialAsked, TrialTold
 from sweeps.export import FORMATS
 from sweeps.home import Home
+from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.plan import Plan
 from sweeps.records import SweepRecord
 from sweeps.reduction import Reduction
@@ -84,15 +85,19 @@ class Watcher:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Watcher]:
-    """A watcher for as long as a sweep runs; an interruption before there is a sweep ends the program."""
+def watching() -> Iterator[tuple[Watcher, Interrupts]]:
+    """A watcher and the handling of signals for as long as a sweep runs.
+
+    A signal before there is a sweep ends the program.
+    """
     watcher = Watcher()
     try:
-        yield watcher
+        with Interrupts().watching() as interrupts:
+            yield watcher, interrupts
     except Interrupted as interrupted:
         watcher.close()
         click.echo("stopped before the sweep had begun; nothing was entered", err=True)
-        sys.exit(128 + interrupted.number)
+        sys.exit(128 + interrupted.signal)
     finally:
         watcher.close()
 

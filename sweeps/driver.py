@@ -6,12 +6,10 @@ import contextlib
 import os
 import secrets
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from lora_core.checkpoint import export_peft_adapter, load_member
@@ -30,14 +28,15 @@ from sweeps.events import (
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
 from sweeps.home import Home
+from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, make_plan, trial_space
-from sweeps.projection import hide_passwords
 from sweeps.records import SweepRecord, TrialRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
-from sweeps.spec import SpecDocument, SweepSpec
+from sweeps.spec import SpecDocument
+from sweeps.tracking_address import hide_passwords
 
 _HIDDEN = ":***@"
 """What stands in an address in place of a password."""
@@ -78,14 +77,6 @@ class Outcome:
     undelivered_reason: str | None
     signal: int | None
     seconds: dict[str, float]
-
-
-class Interrupted(BaseException):
-    """Somebody pressed Ctrl-C or sent SIGTERM, before there was a sweep that could be ended in order."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class _Clock:
@@ -130,7 +121,15 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
     return plan.model_copy(update={"seconds": plan.member_steps * seconds / workers})
 
 
-def start(document: SpecDocument, home: Home, *, name: str | None, address: str | None, progress: Progress) -> Outcome:
+def start(
+    document: SpecDocument,
+    home: Home,
+    *,
+    name: str | None,
+    address: str | None,
+    progress: Progress,
+    interrupts: Interrupts,
+) -> Outcome:
     """Runs a spec as a new sweep, to its end or to an interruption.
 
     Nothing is entered anywhere before the spec, the tracking server, the state directory and the cluster have all been
@@ -142,6 +141,7 @@ def start(document: SpecDocument, home: Home, *, name: str | None, address: str 
         name: in place of the spec's own name.
         address: of a running Ray cluster; None starts one on this machine.
         progress: is told how it gets on.
+        interrupts: raises `Interrupted` before there is a sweep; after that, a signal ends the sweep in order.
 
     Raises:
         InputError: something that was asked for cannot be done.
@@ -152,7 +152,7 @@ def start(document: SpecDocument, home: Home, *, name: str | None, address: str 
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     experiment = spec.tracking.experiment or spec.name
     tracking.check_tracking(uri, experiment)
-    with _signals() as caught, _cluster(home, spec, address, plan.workers, progress):
+    with _cluster(home, address, plan.workers, progress, interrupts):
         if address is not None:
             workers = engine.cluster_workers(engine.resources(spec.compute.gpus_per_worker))
             plan = plan_sweep(document, home, workers=workers)
@@ -169,10 +169,10 @@ def start(document: SpecDocument, home: Home, *, name: str | None, address: str 
             pack=plan.pack,
         )
         ledger.create(sweep, created)
-        return _Driver(home, ledger, sweep, uri, clock, progress, caught).drive(resumed=False)
+        return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=False)
 
 
-def resume(reference: str, home: Home, *, address: str | None, progress: Progress) -> Outcome:
+def resume(reference: str, home: Home, *, address: str | None, progress: Progress, interrupts: Interrupts) -> Outcome:
     """Takes a sweep up where the ledger left off, however its last driver ended.
 
     Args:
@@ -180,6 +180,7 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
         home: the state directory.
         address: of a running Ray cluster; None starts one on this machine.
         progress: is told how it gets on.
+        interrupts: raises `Interrupted` before there is a sweep; after that, a signal ends the sweep in order.
 
     Raises:
         InputError: there is no such sweep, or it cannot be driven from here.
@@ -190,18 +191,25 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
     uri = _tracking_uri(record)
     tracking.check_tracking(uri, record.created.experiment)
     workers = Plan.model_validate(record.created.plan).workers
-    with _signals() as caught, _cluster(home, record.spec, address, workers, progress):
-        return _Driver(home, ledger, sweep, uri, clock, progress, caught).drive(resumed=True)
+    with _cluster(home, address, workers, progress, interrupts):
+        return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=True)
 
 
 class _Driver:
     """Drives one sweep, once, on the connected cluster."""
 
     def __init__(
-        self, home: Home, ledger: Ledger, sweep: str, uri: str, clock: _Clock, progress: Progress, caught: list[int]
+        self,
+        home: Home,
+        ledger: Ledger,
+        sweep: str,
+        uri: str,
+        clock: _Clock,
+        progress: Progress,
+        interrupts: Interrupts,
     ) -> None:
         self._home, self._ledger, self._sweep = home, ledger, sweep
-        self._clock, self._progress, self._caught = clock, progress, caught
+        self._clock, self._progress, self._interrupts = clock, progress, interrupts
         self._training_began = self._certifying = False
         experiment = read_sweep(ledger, sweep).created.experiment
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
@@ -225,7 +233,7 @@ class _Driver:
             report=report_directory,
             delivered=delivered,
             undelivered_reason=self._writer.last_error,
-            signal=self._caught[0] if self._caught else None,
+            signal=self._interrupts.signal,
             seconds=self._clock.seconds,
         )
 
@@ -254,12 +262,14 @@ class _Driver:
         state: SweepState = "finished"
         reason = ""
         try:
-            resources = engine.resources(record.spec.compute.gpus_per_worker)
-            engine.run_jobs(_Timed(searcher, self._clock), resources=resources)
+            with self._interrupts.held():
+                resources = engine.resources(record.spec.compute.gpus_per_worker)
+                jobs = _Watched(searcher, self._clock, self._interrupts)
+                engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
             if searcher.paused:
                 state, reason = "paused", searcher.paused
         except Interrupted as interrupted:
-            state, reason = "interrupted", signal.Signals(interrupted.number).name
+            state, reason = "interrupted", signal.Signals(interrupted.signal).name
         except Exception as error:
             state, reason, failure = "failed", f"{type(error).__name__}: {error}", error
         self._clock.lap("certificates" if self._certifying else "trials")
@@ -298,18 +308,18 @@ class _Driver:
 
     def _deliver(self) -> bool:
         try:
-            delivered = self._writer.finish(_DELIVER_INTERRUPTED_S if self._caught else _DELIVER_S)
+            delivered = self._writer.finish(_DELIVER_INTERRUPTED_S if self._interrupts.signal else _DELIVER_S)
         except Interrupted:
             delivered = self._writer.finish(_DELIVER_INTERRUPTED_S)
         self._clock.lap("waiting for MLflow")
         return delivered
 
 
-class _Timed:
-    """A searcher whose own time is booked."""
+class _Watched:
+    """A searcher whose own time is booked, and which a signal may interrupt: a sampler can take seconds."""
 
-    def __init__(self, searcher: PackSearcher, clock: _Clock) -> None:
-        self._searcher, self._clock = searcher, clock
+    def __init__(self, searcher: PackSearcher, clock: _Clock, interrupts: Interrupts) -> None:
+        self._searcher, self._clock, self._interrupts = searcher, clock, interrupts
 
     @property
     def finished(self) -> bool:
@@ -317,7 +327,8 @@ class _Timed:
 
     def suggest(self) -> JobOrder | None:
         before_s = time.perf_counter()
-        order = self._searcher.suggest()
+        with self._interrupts.held(False):
+            order = self._searcher.suggest()
         self._clock.add("sampling and pruning", time.perf_counter() - before_s)
         return order
 
@@ -366,32 +377,13 @@ def _tracking_uri(record: SweepRecord) -> str:
 
 
 @contextlib.contextmanager
-def _cluster(home: Home, spec: SweepSpec, address: str | None, workers: int, progress: Progress) -> Iterator[None]:
+def _cluster(
+    home: Home, address: str | None, workers: int, progress: Progress, interrupts: Interrupts
+) -> Iterator[None]:
+    """The cluster, for as long as the context lasts; signals are held while Ray is at work."""
     progress.stage("starting Ray" if address is None else f"connecting to Ray at {address}")
-    with engine.cluster(address, workers=workers, token_file=home.ray_token):
+    with contextlib.ExitStack() as stack:
+        with interrupts.held():
+            stack.enter_context(engine.cluster(address, workers=workers, token_file=home.ray_token))
+        interrupts.check()
         yield
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Turns the first SIGINT or SIGTERM into `Interrupted` and keeps those after it from breaking what follows.
-
-    Yields:
-        The signals that came, in order.
-    """
-    caught: list[int] = []
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        caught.append(number)
-        if len(caught) == 1:
-            raise Interrupted(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

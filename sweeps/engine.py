@@ -13,7 +13,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -71,15 +71,24 @@ def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[
         ClusterError: the cluster cannot be started or reached.
     """
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
-    if address is None:
-        _guard_local_cluster(token_file)
-    elif address.startswith("ray://"):
+    if address is not None and address.startswith("ray://"):
         raise ClusterError(
             f"--address must be `auto` or HOST:PORT of the cluster's head; found {address}: Ray Client connections "
             "cannot carry a search; run on the head node with --address auto"
         )
-    else:
+    if address is not None:
         _check_reachable(address)
+    with _guarded(token_file) if address is None else contextlib.nullcontext():
+        _connect(address, workers)
+        import ray
+
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None, workers: int) -> None:
     import ray
 
     local = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES} if address is None else {}
@@ -96,10 +105,6 @@ def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[
         raise ClusterError(
             f"{where} must be there to run on; it cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def cluster_workers(resources: Resources) -> int:
@@ -121,8 +126,13 @@ def resources(gpus_per_worker: float | Literal["auto"]) -> Resources:
     return Resources(1.0, gpus_per_worker)
 
 
-def run_jobs(jobs: Jobs, *, resources: Resources) -> None:
+def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> None:
     """Runs jobs on the connected cluster until there are no more.
+
+    Args:
+        jobs: where jobs come from and results go to.
+        resources: what each takes.
+        poll: called several times a second, between whatever else happens; what it raises ends the run.
 
     Raises:
         BaseException: whatever `jobs` itself raised, KeyboardInterrupt included.
@@ -136,14 +146,39 @@ def run_jobs(jobs: Jobs, *, resources: Resources) -> None:
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
-                search_alg=adapter, num_samples=-1, reuse_actors=True, max_concurrent_trials=None
+                search_alg=adapter,
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
-            run_config=tune.RunConfig(storage_path=scratch, name="jobs", verbose=0, log_to_file=False),
+            run_config=tune.RunConfig(
+                storage_path=scratch,
+                name="jobs",
+                verbose=0,
+                callbacks=[_polling(poll)],
+                log_to_file=False,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
         )
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         tuner.fit()
     if adapter.error is not None:
         raise adapter.error
+
+
+def _polling(poll: Callable[[], None]) -> Any:
+    from ray.tune import Callback
+
+    class Polling(Callback):  # type: ignore[misc]
+        """Calls `poll` at every turn of Tune's loop."""
+
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            poll()
+
+        def __reduce__(self) -> Any:
+            return (Callback, ())
+
+    return Polling()
 
 
 def _adapter(jobs: Jobs) -> Any:
@@ -191,17 +226,31 @@ def _adapter(jobs: Jobs) -> Any:
     return JobSearcher()
 
 
-def _guard_local_cluster(token_file: Path) -> None:
-    """Keeps a cluster of our own on loopback, behind a token of its own, whoever shares the machine."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # every listener on 127.0.0.1
-    if "RAY_AUTH_MODE" in os.environ:
-        return
-    if not token_file.exists():
-        descriptor = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+@contextlib.contextmanager
+def _guarded(token_file: Path) -> Iterator[None]:
+    """Keeps a cluster of our own on loopback, behind a token of its own, whoever shares the machine.
+
+    A user's own `RAY_AUTH_MODE` is left alone.
+    """
+    ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # every listener on 127.0.0.1
+    if "RAY_AUTH_MODE" not in os.environ:
+        if not token_file.exists():
+            descriptor = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        # Ray reads the mode once, when it is imported; who has imported it before must make it read again.
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
+
+        AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _check_reachable(address: str) -> None:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sweeps.collapse import Certificate, TwinVerdict
+from sweeps.collapse import Certificate
 from sweeps.events import (
     Certified,
     DriverStarted,
@@ -36,10 +35,20 @@ from sweeps.events import (
     TrialTold,
 )
 from sweeps.ledger import Record
-from sweeps.records import SweepRecord, TrialRecord, fold
+from sweeps.records import fold
 from sweeps.reduction import Reduction
-from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
+from sweeps.tracking_address import hide_passwords
+from sweeps.tracking_fields import (
+    alpha_family,
+    best_tags,
+    description,
+    metric_key,
+    sweep_params,
+    tag,
+    trial_params,
+    twin_tags,
+)
 
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 
@@ -57,12 +66,6 @@ _STATUS_OF_SWEEP: dict[str, RunStatus] = {
     "interrupted": "KILLED",
     "failed": "FAILED",
 }
-
-_LONGEST_TAG = 4900
-"""Characters; MLflow's servers cut or refuse tags above 5000 or 8000, by version."""
-
-_SHOWN = 5
-"""Trials in the description's table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class RunWrite:
 
     def add(self, key: str, points: Iterable[tuple[int, float]], at_ms: int) -> None:
         """Adds (step, value) points of a metric; infinities become a tag, because MLflow would store 1.8e308."""
-        key = _metric_key(key)
+        key = metric_key(key)
         for step, value in points:
             if math.isinf(value):
                 self.tags[f"lora_sweeps.infinite.{key}"] = f"{value} at step {step}"
@@ -184,10 +187,10 @@ class Projection:
         self._reduction = Reduction.of(spec)
         write = self._parent()
         write.status = "RUNNING"
-        write.params |= _sweep_params(spec, self._reduction, created)
+        write.params |= sweep_params(spec, self._reduction, created)
         write.tags |= {
             "lora_sweeps.state": "running",
-            "mlflow.note.content": _description(fold(self._sweep, self._seen)),
+            "mlflow.note.content": description(fold(self._sweep, self._seen)),
         }
         write.texts |= {
             "spec.yaml": hide_passwords(created.spec_text),
@@ -205,11 +208,11 @@ class Projection:
         record = fold(self._sweep, self._seen)
         write = self._parent()
         write.status, write.end_ms = _STATUS_OF_SWEEP[ended.state], at_ms
-        write.tags |= {"lora_sweeps.state": ended.state, "mlflow.note.content": _description(record)}
+        write.tags |= {"lora_sweeps.state": ended.state, "mlflow.note.content": description(record)}
         if ended.reason:
-            write.tags["lora_sweeps.reason"] = _tag(ended.reason)
+            write.tags["lora_sweeps.reason"] = tag(ended.reason)
         if record.best is not None:
-            write.tags |= _best_tags(record.best)
+            write.tags |= best_tags(record.best)
             write.add("best_value", [(record.best.step, record.best.value or 0.0)], at_ms)
         for state, count in record.counts().items():
             write.add(f"trials/{state}", [(0, count)], at_ms)
@@ -221,12 +224,12 @@ class Projection:
         write = self._write(RunKey("trial", str(trial)), child.asked.configuration.label(), child.asked_ms)
         if not child.started:
             child.started = True
-            write.params |= _params(child.asked.configuration, self._law) | {
+            write.params |= trial_params(child.asked.configuration, self._reduced.law.name) | {
                 "trial": str(trial),
                 "class_id": child.asked.class_id,
             }
             write.tags |= {"lora_sweeps.trial": str(trial), "lora_sweeps.class_id": child.asked.class_id}
-            write.tags |= self._alpha_family(child.asked.configuration)
+            write.tags |= alpha_family(self._reduced, child.asked.configuration)
         return write
 
     def _start(self, trial: int) -> None:
@@ -252,7 +255,7 @@ class Projection:
         write.status, write.end_ms = _STATUS_OF_TRIAL[told.state], at_ms
         write.tags["lora_sweeps.state"] = told.state
         if told.reason:
-            write.tags["lora_sweeps.reason"] = _tag(told.reason)
+            write.tags["lora_sweeps.reason"] = tag(told.reason)
         if told.value is not None:
             write.add("objective", [(child.step, told.value)], at_ms)
 
@@ -267,151 +270,23 @@ class Projection:
                 at_ms,
             )
             write.status, write.end_ms = "FINISHED", at_ms
-            write.params |= _params(configuration, self._law) | {"class_id": certificate.class_id}
-            write.tags |= _twin_tags(certificate, twin)
+            write.params |= trial_params(configuration, self._reduced.law.name) | {"class_id": certificate.class_id}
+            write.tags |= twin_tags(certificate, twin)
             # Losses of a certificate are one a step, counted from 1 as in every other report.
             write.add("train/loss", enumerate(twin.losses, start=1), at_ms)
 
     # -- shared
 
     @property
-    def _law(self) -> str:
+    def _reduced(self) -> Reduction:
         assert self._reduction is not None, "a sweep's first event says that it was created"
-        return self._reduction.law.name
+        return self._reduction
 
     def _write(self, key: RunKey, run_name: str, start_ms: int) -> RunWrite:
         if key not in self._writes:
             self._writes[key] = RunWrite(key, run_name, start_ms)
         return self._writes[key]
 
-    def _alpha_family(self, configuration: Configuration) -> dict[str, str]:
-        assert self._reduction is not None, "a sweep's first event says that it was created"
-        lines = [
-            f"alpha={twin.alpha:g}: lr={twin.lr:.6g}, init_scale={twin.init_scale:.6g}"
-            + (f", lr_ratio={twin.lr_ratio:.6g}" if twin.lr_ratio != 1 else "")
-            for twin in self._reduction.twins(configuration)
-        ]
-        return {"lora_sweeps.same_training_as": _tag("\n".join(lines))} if lines else {}
-
-
-# -- what runs are given -----------------------------------------------------------------------------------------------
-
-
-def _sweep_params(spec: SweepSpec, reduction: Reduction, created: SweepCreated) -> dict[str, str]:
-    values = {
-        "task": spec.task.type,
-        "optimizer": spec.train.optimizer,
-        "steps": spec.train.steps,
-        "batch_size": spec.train.batch_size,
-        "schedule": spec.train.schedule,
-        "seed": spec.train.seed,
-        "metric": spec.metric.name,
-        "goal": spec.metric.goal,
-        "method": spec.search.method,
-        "trials": spec.search.trials,
-        "search_seed": spec.search.seed,
-        "pruner": spec.search.pruner.type,
-        "searched": ", ".join(reduction.space.searched),
-        "alpha_reference": reduction.reference,
-        "eliminated": ", ".join(reduction.eliminated) or "nothing",
-        "pack": created.pack,
-    }
-    return {key: str(value) for key, value in values.items() if value is not None}
-
-
-def _params(configuration: Configuration, optimizer: str) -> dict[str, str]:
-    values = {
-        "rank": configuration.rank,
-        "alpha": configuration.alpha,
-        "lr": configuration.lr,
-        "init_scale": configuration.init_scale,
-        "lr_ratio": configuration.lr_ratio,
-        "weight_decay": configuration.weight_decay,
-        "optimizer": optimizer,
-    }
-    return {key: str(value) for key, value in values.items() if value is not None}
-
-
-def _twin_tags(certificate: Certificate, twin: TwinVerdict) -> dict[str, str]:
-    tags = {
-        "lora_sweeps.twin_of_trial": str(certificate.trial),
-        "lora_sweeps.class_id": certificate.class_id,
-        "lora_sweeps.verdict": twin.verdict,
-        "lora_sweeps.exact_in_binary": str(twin.exact_in_binary).lower(),
-        "lora_sweeps.max_ratio": f"{twin.max_ratio:g}",
-    }
-    return tags if twin.first_step is None else tags | {"lora_sweeps.first_step": str(twin.first_step)}
-
-
-def _best_tags(best: TrialRecord) -> dict[str, str]:
-    # Tags, because a resumed sweep may find a better one and MLflow refuses to change a param.
-    configuration = best.configuration
-    return {
-        "lora_sweeps.best_trial": str(best.number),
-        "lora_sweeps.best_rank": str(configuration.rank),
-        "lora_sweeps.best_alpha": str(configuration.alpha),
-        "lora_sweeps.best_lr": str(configuration.lr),
-        "lora_sweeps.best_init_scale": str(configuration.init_scale),
-    }
-
-
-def _description(record: SweepRecord) -> str:
-    """What the parent's page says, in Markdown."""
-    spec, reduction = record.spec, Reduction.of(record.spec)
-    counts = ", ".join(f"{count} {state}" for state, count in record.counts().items() if count)
-    parts = [
-        f"**{spec.name}**: LoRA sweep over {', '.join(reduction.space.searched)} with {spec.train.optimizer} "
-        f"({spec.task.type}, {spec.train.steps} steps).",
-        _reduction_sentence(reduction),
-        f"Trials: {counts or 'none yet'}.",
-    ]
-    if record.ended is not None and record.ended.state != "finished":
-        parts.append(
-            f"The sweep was {record.ended.state}" + (f": {record.ended.reason}" if record.ended.reason else ".")
-        )
-    if ranked := record.ranked()[:_SHOWN]:
-        parts.append("\n".join(_table(ranked, spec)))
-    return hide_passwords(_tag("\n\n".join(parts)))
-
-
-def _reduction_sentence(reduction: Reduction) -> str:
-    if reduction.stuck is not None:
-        return f"alpha was not eliminated: {reduction.stuck}."
-    if not reduction.eliminated:
-        return "Nothing was eliminated: alpha is a constant of this sweep."
-    return (
-        f"Eliminated: {' and '.join(reduction.eliminated)}, because alpha is a gauge ({reduction.law.describe()}); "
-        f"every trial is written at alpha = {reduction.reference}."
-    )
-
-
-def _table(ranked: list[TrialRecord], spec: SweepSpec) -> Iterator[str]:
-    metric = spec.metric.name
-    unit = " (nats)" if metric.endswith("loss") else ""
-    with_accuracy = metric != "eval/accuracy" and any("eval/accuracy" in trial.metrics for trial in ranked)
-    columns = ["trial", "rank", "alpha", "lr", "init_scale", metric + unit] + ["eval/accuracy"] * with_accuracy
-    yield f"| {' | '.join(columns)} |"
-    yield "|" + "---:|" * len(columns)
-    for trial in ranked:
-        at = trial.configuration
-        cells = [str(trial.number), str(at.rank), f"{at.alpha:g}", f"{at.lr:.3g}", f"{at.init_scale:.3g}"]
-        cells += [f"{trial.value:.4g}"] + [f"{trial.metrics.get('eval/accuracy', math.nan):.4g}"] * with_accuracy
-        yield f"| {' | '.join(cells)} |"
-
-
-def _metric_key(key: str) -> str:
-    """MLflow's metric keys have letters, digits, and `_-. :/`."""
-    return re.sub(r"[^\w\-. :/]", "_", key)
-
-
-def _tag(text: str) -> str:
-    return text if len(text) <= _LONGEST_TAG else text[: _LONGEST_TAG - 2] + " …"
-
 
 def _ms(at_s: float) -> int:
     return int(at_s * 1000)
-
-
-def hide_passwords(text: str) -> str:
-    """The text with `***` for the password in every URL with one."""
-    return re.sub(r"""(\w://[^\s/:@"'<>]*):[^\s"'<>]*@""", r"\1:***@", text)

@@ -47,14 +47,19 @@ class ConfigurationClass:
     """All configurations of a finite space that are one training run.
 
     Attributes:
-        id: short name made from the invariants: the same class has the same name in every sweep.
+        key: rank and invariants, the same for every member.
         members: indices of its configurations in the search space.
         reduction: the reduction it is part of.
     """
 
-    id: str
+    key: Key
     members: tuple[int, ...]
     reduction: Reduction
+
+    @property
+    def id(self) -> str:
+        """Short name made from the invariants: the same class has the same name in every sweep."""
+        return _name(self.key)
 
     @property
     def configurations(self) -> Iterator[Configuration]:
@@ -65,12 +70,12 @@ class ConfigurationClass:
     def representative(self) -> Configuration:
         """The configuration that is trained: a member at the reference alpha, else the class's canonical point.
 
-        Where the constants are read literally, a member alone in its class is trained as it stands.
+        Where alpha is not eliminated there need be no twin at the reference, and the first member is trained.
         """
         reduction, first = self.reduction, next(self.configurations)
         at_reference = (c for c in self.configurations if c.alpha == reduction.reference.at(c.rank))
-        merged = "alpha" in reduction.eliminated and (reduction.travel or len(self.members) > 1)
-        return next(at_reference, None) or (reduction.canonical(first) if merged else first)
+        otherwise = reduction.canonical(first) if "alpha" in reduction.eliminated else first
+        return next(at_reference, otherwise)
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,7 @@ class Reduction:
         groups: dict[Key, list[int]] = {}
         for index, key in enumerate(self._keys()):
             groups.setdefault(key, []).append(index)
-        return tuple(self._class(key, members) for key, members in groups.items())
+        return tuple(ConfigurationClass(key, tuple(members), self) for key, members in groups.items())
 
     def members_of(self, class_id: str) -> tuple[Configuration, ...] | None:
         """The configurations of a class of a finite space; None where the space has no such class or is not finite."""
@@ -222,9 +227,6 @@ class Reduction:
         (key,) = self._keys_at(rank, rule, tuple((value,) for value in others))
         return _name(key)
 
-    def _class(self, key: tuple[object, ...], members: list[int]) -> ConfigurationClass:
-        return ConfigurationClass(_name(key), tuple(members), self)
-
     def _keys(self) -> Iterator[Key]:
         """The key of every configuration, in index order."""
         ranks, rules, others = self.space.axes()
@@ -240,8 +242,7 @@ class Reduction:
         s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
         lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
         if self.two_parameter:
-            for lr, c, ratio, wd in product(lrs, init_scales, ratios, decays):
-                yield (rank, *self._two_parameter_key(lr, c, ratio, wd, s2))
+            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2)
             return
         invariants, fixed = self._invariants, not self.travel
         clip_norm = None if self.clip_norm is None else exact(self.clip_norm)
@@ -255,12 +256,28 @@ class Reduction:
             [tuple(map(_Hashed, constants)) if fixed else ()],
         )
 
-    def _two_parameter_key(self, lr: Fraction, c: Fraction, ratio: Fraction, wd: Fraction, s2: Fraction) -> Key:
-        invariants = self._invariants
-        steps = (invariants.lr_a(lr, c), invariants.lr_b(lr * ratio, c, s2))
+    def _two_parameter_keys(
+        self, rank: int, axes: tuple[tuple[Fraction, ...], ...], scaling_squared: Fraction
+    ) -> Iterator[Key]:
+        invariants, s2 = self._invariants, scaling_squared
+        lrs, init_scales, ratios, decays = (*axes[:3], tuple(map(_Hashed, axes[3])))
+        # lr_b is a product of powers, so that what it owes to c and s is computed once for each of them.
+        b_of_c = [(c, invariants.lr_b(Fraction(1), c, s2)) for c in init_scales]
+        for lr in lrs:
+            b_of_lr = [(lr * ratio, invariants.lr_b(lr * ratio, Fraction(1), Fraction(1))) for ratio in ratios]
+            for c, share_of_c in b_of_c:
+                step_a = _Hashed(invariants.lr_a(lr, c))
+                for lr_b, share_of_lr in b_of_lr:
+                    steps = (rank, step_a, _Hashed(share_of_lr * share_of_c))
+                    for wd in decays:
+                        yield (*steps, *self._two_parameter_constants((lr, lr_b), wd, c, s2))
+
+    def _two_parameter_constants(
+        self, lr: tuple[Fraction, Fraction], wd: Fraction, c: Fraction, scaling_squared: Fraction
+    ) -> Key:
         if self.travel:
-            return (*steps, wd)
-        return (*steps, *invariants.constants_of_both_factors((lr, lr * ratio), exact(self.eps), wd, c, s2))
+            return (wd,)
+        return self._invariants.constants_of_both_factors(lr, exact(self.eps), wd, c, scaling_squared)
 
     @cached_property
     def _invariants(self) -> ExactInvariants:

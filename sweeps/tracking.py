@@ -10,19 +10,11 @@ and the batch is made again. MLflow can therefore be away for any time, and a dr
 from __future__ import annotations
 
 import getpass
-import json
 import os
-import re
-import shlex
-import sqlite3
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +22,31 @@ from typing import Any
 import sqlalchemy as sa
 
 from sweeps.errors import TrackingError
-from sweeps.events import Delivered
+from sweeps.events import Delivered, SweepCreated
 from sweeps.ledger import Ledger, Record
-from sweeps.projection import NAME_TAG, ROLE_TAG, SWEEP_TAG, Projection, RunKey, RunWrite, hide_passwords
+from sweeps.projection import NAME_TAG, ROLE_TAG, SWEEP_TAG, Projection, RunKey, RunWrite
+from sweeps.tracking_address import (
+    absolute_uri,
+    artifact_location,
+    check_address,
+    default_uri,
+    deleted_experiment,
+    hide_passwords,
+    open_command,
+    run_url,
+    without_userinfo,
+)
+
+__all__ = [
+    "MlflowWriter",
+    "absolute_uri",
+    "check_tracking",
+    "default_uri",
+    "deliver",
+    "hide_passwords",
+    "open_command",
+    "run_url",
+]
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -51,10 +65,6 @@ _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 
 _BATCH = 500
 """Events to a batch: how much is written again when a delivery is cut short."""
-
-_PROBE_TIMEOUT_S = 8.0
-
-_KINDS = "sqlite:///PATH, postgresql://, mysql://, mssql://, http:// or https://"
 
 
 class MlflowWriter:
@@ -134,13 +144,21 @@ class MlflowWriter:
                 self._finishing.wait(_PERIOD_S)
 
 
-def deliver(ledger: Ledger, sweep_id: str, uri: str, experiment: str) -> None:
+def deliver(ledger: Ledger, sweep_id: str, uri: str | None = None, experiment: str | None = None) -> None:
     """Delivers what an earlier driver left in the outbox, in the foreground.
+
+    Args:
+        ledger: where the events are, and where `Delivered` goes.
+        sweep_id: the sweep's id in it.
+        uri: MLflow's tracking URI; None takes the one that the sweep was created with.
+        experiment: the experiment's name; None likewise.
 
     Raises:
         TrackingError: MLflow cannot be reached or refuses; what was not delivered still waits in the ledger.
     """
-    outbox = _Outbox(ledger, sweep_id, uri, experiment)
+    created = ledger.read(sweep_id)[0].event
+    assert isinstance(created, SweepCreated), "a sweep's first event says that it was created"
+    outbox = _Outbox(ledger, sweep_id, uri or created.tracking_uri, experiment or created.experiment)
     try:
         outbox.deliver()
     except Exception as error:
@@ -247,9 +265,9 @@ class _Runs:
     def _find_experiment(self, uri: str, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            return str(self._client.create_experiment(name, artifact_location=_artifact_location(uri, name)))
+            return str(self._client.create_experiment(name, artifact_location=artifact_location(uri, name)))
         if found.lifecycle_stage != "active":
-            raise TrackingError(_deleted_experiment(name, found.experiment_id))
+            raise TrackingError(deleted_experiment(name, found.experiment_id))
         return str(found.experiment_id)
 
     def _search(self) -> Iterator[Any]:
@@ -368,40 +386,6 @@ def _user() -> str:
         return "unknown"
 
 
-def _deleted_experiment(name: str, experiment_id: str) -> str:
-    return (
-        f"tracking.experiment must be an experiment that can be written; {name!r} is deleted in MLflow; restore it "
-        f"with `mlflow experiments restore -x {experiment_id}`, or choose another name"
-    )
-
-
-# -- where MLflow is ---------------------------------------------------------------------------------------------------
-
-
-def default_uri(directory: Path) -> str:
-    """The tracking URI of a working directory: the database that MLflow itself would use there."""
-    return f"sqlite:///{directory.absolute() / 'mlflow.db'}"
-
-
-def absolute_uri(uri: str) -> str:
-    """The URI with a relative path of a SQLite file made absolute, so that it means the same from everywhere."""
-    path = _sqlite_path(uri)
-    return uri if path is None else f"sqlite:///{path.absolute()}"
-
-
-def open_command(uri: str) -> str:
-    """The command, or for a server the address, that opens MLflow on a tracking URI."""
-    if _is_server(uri):
-        return _without_userinfo(uri)
-    return f"mlflow ui --backend-store-uri {shlex.quote(hide_passwords(absolute_uri(uri)))}"
-
-
-def run_url(uri: str, experiment_id: str, run_id: str) -> str:
-    """The address of a run's page; for a database, where `open_command` serves it."""
-    root = _without_userinfo(uri) if _is_server(uri) else "http://127.0.0.1:5000"
-    return f"{root}/#/experiments/{experiment_id}/runs/{run_id}"
-
-
 def check_tracking(uri: str, experiment: str | None = None) -> None:
     """Finds out within seconds, and without leaving a trace, whether a tracking URI can be used.
 
@@ -412,161 +396,19 @@ def check_tracking(uri: str, experiment: str | None = None) -> None:
     Raises:
         TrackingError: it cannot, as far as can be seen without writing.
     """
-    path = _sqlite_path(uri)
-    if path is not None:
-        _check_sqlite(path, experiment)
-    elif _is_server(uri):
-        _check_server(uri, experiment)
-    elif re.match(r"(postgresql|mysql|mssql)(\+\w+)?://", uri):
-        _check_database(uri)
-    else:
-        _refuse_scheme(uri)
+    check_address(uri, experiment, ask_client=_ask_client)
 
 
-def _refuse_scheme(uri: str) -> None:
-    shown = hide_passwords(uri)
-    if uri.startswith("file:") or "://" not in uri:
-        raise TrackingError(
-            f"tracking.uri must be {_KINDS}; found {shown!r}, a directory of files, which MLflow no longer writes; "
-            f"use {default_uri(Path.cwd())}, or convert it with `mlflow migrate-filestore`"
-        )
-    raise TrackingError(
-        f"tracking.uri must be {_KINDS}; found {shown!r}; choose one of these, or leave it out for a file here"
-    )
-
-
-def _check_sqlite(path: Path, experiment: str | None) -> None:
-    required = "tracking.uri must name a SQLite file that can be written"
-    if str(path) in ("", ".", ":memory:"):
-        raise TrackingError(f"{required}; found a database in memory, which nobody could open; use sqlite:///mlflow.db")
-    directory = path.absolute().parent
-    if not directory.is_dir():
-        raise TrackingError(f"{required}; the directory {directory} does not exist; make it with `mkdir -p`")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise TrackingError(
-            f"{required}; the directory {directory} cannot be written; choose another, or change its mode"
-        )
-    if path.is_dir():
-        raise TrackingError(f"{required}; {path} is a directory; use sqlite:///{path.absolute() / 'mlflow.db'}")
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    if not os.access(path, os.R_OK | os.W_OK):
-        raise TrackingError(f"{required}; {path} cannot; choose another, or change its mode")
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5)) as connection:
-            found = _experiment_in(connection, experiment)
-    except sqlite3.DatabaseError as error:
-        raise TrackingError(f"{required}; {path} is none: {error}; choose another") from error
-    if found is not None and found[1] == "deleted":
-        raise TrackingError(_deleted_experiment(str(experiment), str(found[0])))
-
-
-def _experiment_in(connection: sqlite3.Connection, experiment: str | None) -> tuple[int, str] | None:
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if "experiments" not in tables:
-        return None
-    query = "SELECT experiment_id, lifecycle_stage FROM experiments WHERE name = ?"
-    found: tuple[int, str] | None = connection.execute(query, (experiment,)).fetchone()
-    return found
-
-
-def _check_database(uri: str) -> None:
-    required = f"tracking.uri must name a database that can be reached; {hide_passwords(uri)}"
-    try:
-        url = sa.make_url(uri)
-        timeout = {} if url.get_backend_name() == "mssql" else {"connect_timeout": int(_PROBE_TIMEOUT_S)}
-        engine = sa.create_engine(url, connect_args=timeout)
-        with engine.connect():
-            pass
-        engine.dispose()
-    except ModuleNotFoundError as error:
-        raise TrackingError(
-            f"{required} needs the Python package {error.name}; install it beside lora-sweeps"
-        ) from error
-    except sa.exc.SQLAlchemyError as error:
-        cause = _words(getattr(error, "orig", None) or error)
-        raise TrackingError(f"{required} cannot: {cause}; start it, or correct the URI") from error
-
-
-def _check_server(uri: str, experiment: str | None) -> None:
-    shown = _without_userinfo(uri)
-    required = "tracking.uri must name an MLflow server that answers and lets us write"
-    name = experiment or "Default"
-    query = urllib.parse.urlencode({"experiment_name": name})
-    address = f"{shown}/api/2.0/mlflow/experiments/get-by-name?{query}"
-    try:
-        with urllib.request.urlopen(address, timeout=_PROBE_TIMEOUT_S) as response:
-            status, body = response.status, response.read(1_000_000)
-    except urllib.error.HTTPError as error:
-        with error:
-            status, body = error.code, error.read(1_000_000)
-    except (OSError, ValueError) as error:
-        if "CERTIFICATE" in str(error):
-            _check_with_credentials(uri, name, str(error))
-            return
-        raise TrackingError(
-            f"{required}; {shown} does not answer: {getattr(error, 'reason', error)}; start it (`mlflow server`), or "
-            "correct the address"
-        ) from error
-    if status in (401, 403):
-        _check_with_credentials(uri, name, f"HTTP {status}")
-        return
-    _judge(_json(body), status, shown, name)
-
-
-def _judge(answer: dict[str, Any], status: int, shown: str, experiment: str) -> None:
-    """What the server's answer to the question for an experiment means."""
-    found = answer.get("experiment")
-    if isinstance(found, dict):
-        if found.get("lifecycle_stage") == "deleted":
-            raise TrackingError(_deleted_experiment(experiment, str(found.get("experiment_id"))))
-    elif answer.get("error_code") != "RESOURCE_DOES_NOT_EXIST":
-        raise TrackingError(
-            f"tracking.uri must name an MLflow server; {shown} answers HTTP {status}, but not as MLflow does; correct "
-            "the address (and the path, behind a proxy)"
-        )
-
-
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        answer = json.loads(body)
-    except ValueError:
-        return {}
-    return answer if isinstance(answer, dict) else {}
-
-
-def _check_with_credentials(uri: str, experiment: str, found: str) -> None:
+def _ask_client(uri: str, experiment: str, found: str) -> None:
     """Asks as the writer will ask: with MLflow's own client, which knows where its credentials are."""
     try:
         client = _connect(uri)
         known = client.get_experiment_by_name(experiment)
     except Exception as error:
         raise TrackingError(
-            f"tracking.uri must name an MLflow server that lets us in; {_without_userinfo(uri)} refuses ({found}): "
+            f"tracking.uri must name an MLflow server that lets us in; {without_userinfo(uri)} refuses ({found}): "
             f"{_words(error)}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; if "
             "it has no login, start it with --allowed-hosts naming the host in this address"
         ) from error
     if known is not None and known.lifecycle_stage != "active":
-        raise TrackingError(_deleted_experiment(experiment, known.experiment_id))
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-def _without_userinfo(uri: str) -> str:
-    parts = urllib.parse.urlsplit(uri)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    match = re.match(r"sqlite(\+\w+)?://(/(?P<path>[^?]*))?", uri)
-    return None if match is None else Path(match["path"] or "")
-
-
-def _artifact_location(uri: str, experiment: str) -> str | None:
-    """Beside the database, whoever reads it from wherever; None leaves it to the server."""
-    path = _sqlite_path(uri)
-    if path is None:
-        return None
-    return (path.absolute().parent / "mlartifacts" / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+        raise TrackingError(deleted_experiment(experiment, known.experiment_id))

@@ -52,6 +52,8 @@ class Story:
 
     ledger: Ledger
     sweep: str
+    uri: str = ""
+    experiment: str = ""
     spec_text: str = SPEC
     jobs: int = field(default=0, init=False)
 
@@ -63,8 +65,8 @@ class Story:
             spec_text=self.spec_text,
             source="digits.yaml",
             plan={"trials": 8},
-            tracking_uri="",
-            experiment="",
+            tracking_uri=self.uri,
+            experiment=self.experiment,
             lanes=1,
             pack=4,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,35 @@ from sweeps.tracking import (
 )
 from tests.sweeps.mlflow_support import SPEC, Failing, Story, free_port, runs_of, seen, server
 
+_FIRST_DELIVERY = """
+import sys
+from pathlib import Path
+from sweeps import tracking
+assert "mlflow" not in sys.modules and "torch" not in sys.modules
+from sweeps.ledger import Ledger
+from tests.sweeps.mlflow_support import Story
+here = Path.cwd()
+story = Story(Ledger.in_directory(here), "first", tracking.default_uri(here), "first")
+story.tell_all()
+story.end("finished")
+tracking.deliver(story.ledger, "first")
+"""
+
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+def first_delivery(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A delivery by a fresh process into a directory where MLflow has never been."""
+    directory = tmp_path_factory.mktemp("mlflow")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", _FIRST_DELIVERY]
+    return directory, subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def uri(first_delivery: tuple[Path, subprocess.CompletedProcess[str]]) -> str:
     """One database for the module: making one takes seconds."""
-    return default_uri(tmp_path_factory.mktemp("mlflow"))
+    return default_uri(first_delivery[0])
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +184,9 @@ def test_twins_are_children_with_their_verdict(story: Story, uri: str, client: A
     story.end("finished")
     deliver(story.ledger, story.sweep, uri, "twins")
     runs = seen(client, "twins", story.sweep)
-    twins = [run for run in runs.values() if run.role == "twin"]
+    twins = sorted(
+        (run for run in runs.values() if run.role == "twin"), key=lambda run: run.params["alpha"], reverse=True
+    )
     assert [run.name for run in twins] == [
         "twin of r8 lr0.01 init2 at alpha=64",
         "twin of r8 lr0.01 init2 at alpha=4",
@@ -294,6 +323,13 @@ def test_a_run_that_was_made_twice_is_put_away(story: Story, uri: str, client: A
     assert seen(client, "twice", story.sweep)["trial 4"].status == "KILLED"
 
 
+def test_where_to_deliver_is_read_from_the_ledger(story: Story, uri: str, client: Any) -> None:
+    story.uri, story.experiment = uri, "as created"
+    story.tell_all()
+    deliver(story.ledger, story.sweep)
+    assert len(seen(client, "as created", story.sweep)) == 6
+
+
 def test_what_disappeared_from_mlflow_is_delivered_again(story: Story, uri: str, client: Any) -> None:
     story.tell_all()
     deliver(story.ledger, story.sweep, uri, "again")
@@ -424,32 +460,13 @@ def test_an_artifact_store_that_refuses_does_not_hold_up_metrics(
     assert "boto3" in parent.tags["lora_sweeps.artifacts"]
 
 
-def test_importing_is_light_and_delivering_is_silent(tmp_path: Path) -> None:
-    program = f"""
-import sys
-from pathlib import Path
-import sweeps.tracking as tracking
-assert "mlflow" not in sys.modules and "torch" not in sys.modules
-from sweeps.ledger import Ledger
-from tests.sweeps.mlflow_support import Story
-story = Story(Ledger.in_directory(Path({str(tmp_path)!r})), "silent")
-story.tell_all()
-story.end("finished")
-tracking.deliver(story.ledger, "silent", tracking.default_uri(Path({str(tmp_path)!r})), "silent")
-"""
-    root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment | {"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+def test_importing_is_light_and_delivering_is_silent(
+    first_delivery: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    directory, done = first_delivery
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert {path.name for path in tmp_path.iterdir()} <= {
-        *("ledger.db", "ledger.db-wal", "ledger.db-shm", "mlflow.db", "mlartifacts")
-    }
+    assert {path.name for path in directory.iterdir()} >= {"ledger.db", "mlflow.db", "mlartifacts"}
+    assert not (directory / "mlruns").exists()
 
 
 # -- where MLflow is ---------------------------------------------------------------------------------------------------
@@ -487,9 +504,10 @@ def other_server() -> Iterator[str]:
         ("sqlite://", "in memory"),
         ("sqlite:///{tmp}/nowhere/mlflow.db", r"nowhere does not exist; make it with"),
         ("sqlite:///{tmp}", "is a directory; use sqlite:///"),
-        ("sqlite:///{tmp}/text.db", "text.db is none: file is not a database"),
+        ("sqlite:///{tmp}/text.db", "text.db cannot be read as one: file is not a database"),
         ("http://127.0.0.1:{port}", r"127.0.0.1:\d+ does not answer: .*refused.*start it"),
         ("http://nowhere.invalid", "does not answer"),
+        ("http://127.0.0.1:what", "must be sqlite:///PATH"),
         ("http://{server}/401", r"lets us in; .* refuses \(HTTP 401\).*MLFLOW_TRACKING_USERNAME"),
         ("http://{server}/403", r"refuses \(HTTP 403\).*--allowed-hosts"),
         ("http://{server}/404", "answers HTTP 404, but not as MLflow does"),
@@ -512,6 +530,16 @@ def test_an_address_that_cannot_be_used_is_refused_in_time(
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(TrackingError, match=f"{tmp_path} cannot be written"):
+        check_tracking(default_uri(tmp_path))
+
+
+def test_a_database_of_another_mlflow_is_refused_with_the_way_out(tmp_path: Path, uri: str) -> None:
+    path = tmp_path / "mlflow.db"
+    shutil.copy(absolute_uri(uri).removeprefix("sqlite:///"), path)
+    check_tracking(default_uri(tmp_path))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0a8213491aaa'")
+    with pytest.raises(TrackingError, match=f"is of another; back it up, then `mlflow db upgrade sqlite:///{path}`"):
         check_tracking(default_uri(tmp_path))
 
 

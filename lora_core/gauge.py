@@ -340,7 +340,7 @@ class AlphaRule:
         return self.factor**2 * Fraction(rank**self.half_powers)
 
     def __str__(self) -> str:
-        factor = f"{float(self.factor):g}"
+        factor = repr(float(self.factor)).removesuffix(".0")  # the shortest text that reads back as the same number
         term = ("", "sqrt(rank)", "rank")[self.half_powers]
         if not term:
             return factor

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_core import __version__
-from sweeps.errors import InputError, SpecError
+from sweeps.errors import InputError, SpecError, SweepNotFoundError
 
 if TYPE_CHECKING:
-    from sweeps.home import Home
-    from sweeps.ledger import Ledger
     from sweeps.records import SweepRecord
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -136,10 +134,15 @@ def init(path: Path, force: bool) -> None:
 def list_sweeps(as_json: bool) -> None:
     """List the sweeps of this state directory, latest first."""
     from services.output import print_sweeps, summary
+    from sweeps.home import Home
+    from sweeps.ledger import Ledger
     from sweeps.records import read_sweep
 
-    home, ledger = _open()
-    summaries = [summary(read_sweep(ledger, found.id), home) for found in reversed(ledger.sweeps())]
+    home = Home.locate()
+    summaries = []
+    if home.has_ledger:
+        ledger = Ledger.in_directory(home.path)
+        summaries = [summary(read_sweep(ledger, sweep.id), home) for sweep in reversed(ledger.sweeps())]
     if as_json:
         _print_json(summaries)
     else:
@@ -200,18 +203,15 @@ def export(sweep: str, form: str, output: Path | None, as_json: bool) -> None:
         click.echo("\n".join(map(str, written)))
 
 
-def _open() -> tuple[Home, Ledger]:
+def _record(sweep: str) -> SweepRecord:
     from sweeps.home import Home
     from sweeps.ledger import Ledger
-
-    home = Home.open()
-    return home, Ledger.in_directory(home.path)
-
-
-def _record(sweep: str) -> SweepRecord:
     from sweeps.records import read_sweep
 
-    _, ledger = _open()
+    home = Home.locate()
+    if not home.has_ledger:
+        raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
+    ledger = Ledger.in_directory(home.path)
     return read_sweep(ledger, ledger.find(sweep).id)
 
 
@@ -223,6 +223,10 @@ def main() -> None:
     """Runs the command line."""
     try:
         cli(standalone_mode=True)
+    except SpecError as error:
+        count = len(error.faults)
+        click.echo(f"error: {error}" if count == 1 else f"error: {count} faults\n{error}", err=True)
+        sys.exit(2)
     except InputError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

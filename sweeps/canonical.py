@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, count, product
 from typing import Any, Protocol
 
+from lora_core.gauge import AlphaRule
 from sweeps.reduction import Reduction
-from sweeps.space import DIMENSIONS, Configuration, values_of
+from sweeps.space import DIMENSIONS, Configuration, SearchSpace, values_of
 from sweeps.spec import Choice, Range, SweepSpec
 
 _NODES = 64
@@ -93,11 +94,15 @@ class CanonicalSpace:
         """The canonical point at these values, and the id of its class."""
         named: dict[str, Any] = {**self.constants, **values}
         rank = int(named.pop("rank"))
-        rule = self.reduction.reference
-        alpha = float(named.pop("alpha")) if "alpha" in values else rule.at(rank)
-        named.pop("alpha", None)
-        configuration = Configuration(rank=rank, alpha=alpha, **named)
+        named["alpha"] = self._alpha(values.get("alpha"), rank)
+        configuration = Configuration(rank=rank, **named)
         return configuration, self.reduction.class_id(configuration)
+
+    def _alpha(self, value: float | None, rank: int) -> float:
+        if value is None:
+            return self.reduction.reference.at(rank)
+        space = self.reduction.space
+        return _rules_by_alpha(space)[value].at(rank) if space.alpha_rules else value
 
     @property
     def size(self) -> int | None:
@@ -143,12 +148,18 @@ def _canonical_dimension(name: str, reduction: Reduction, widened: bool) -> Dime
         return _stretched(name, own, reduction)
     values = values_of(own)
     if name == "alpha" and values is not None:
-        rank = reduction.space.ranks[0]
-        values = tuple(rule.at(rank) for rule in reduction.space.alpha_rules)
+        values = tuple(_rules_by_alpha(reduction.space))
     if values is not None:
         return Ordinal(name, tuple(sorted(values)))
     assert isinstance(own, Range)
     return Continuous(name, own.min, own.max, log=own.distribution == "log_uniform")
+
+
+def _rules_by_alpha(space: SearchSpace) -> dict[float, AlphaRule]:
+    """The user's rules for alpha, named by their alpha at the smallest rank at which no two of them meet."""
+    rules = space.alpha_rules
+    named = ({rule.at(rank): rule for rule in rules} for rank in chain(space.ranks, count(1)))
+    return next(by_alpha for by_alpha in named if len(by_alpha) == len(rules))
 
 
 def _stretched(name: str, own: Choice | Range, reduction: Reduction) -> Dimension:

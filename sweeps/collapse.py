@@ -81,7 +81,7 @@ def choose(
         Trial numbers, in the order in which they are to be certified.
     """
     sign = 1 if spec.metric.goal == "minimize" else -1
-    ranked = sorted(finished, key=lambda trial: (sign * (math.inf if trial[1] is None else trial[1]), trial[0]))
+    ranked = sorted(finished, key=lambda trial: (math.inf if trial[1] is None else sign * trial[1], trial[0]))
     ranks_seen: set[int] = set()
     first: list[tuple[int, Configuration, str]] = []
     rest: list[tuple[int, Configuration, str]] = []
@@ -98,6 +98,7 @@ def twins(reduction: Reduction, configuration: Configuration, class_id: str) -> 
     Those whose gauge is exact in binary come first, because they can be held to the last bit.
     """
     members = reduction.members_of(class_id)
-    found = reduction.twins(configuration) if members is None else [twin for twin in members if twin != configuration]
-    exact_first = sorted(found, key=lambda twin: not reduction.gauge_between(configuration, twin).exact_in_binary)
+    found = reduction.twins(configuration) if members is None else members
+    others = {twin: None for twin in found if twin != configuration}  # each once, where two rules for alpha meet
+    exact_first = sorted(others, key=lambda twin: not reduction.gauge_between(configuration, twin).exact_in_binary)
     return tuple(sorted(exact_first[:_MOST_TWINS], key=lambda twin: (twin.alpha, twin.init_scale)))

@@ -168,8 +168,9 @@ def start(
             lanes=plan.workers + 1,
             pack=plan.pack,
         )
-        ledger.create(sweep, created)
-        return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=False)
+        with home.driving(sweep), interrupts.held():
+            ledger.create(sweep, created)
+            return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=False)
 
 
 def resume(reference: str, home: Home, *, address: str | None, progress: Progress, interrupts: Interrupts) -> Outcome:
@@ -191,8 +192,13 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
     uri = _tracking_uri(record)
     tracking.check_tracking(uri, record.created.experiment)
     workers = Plan.model_validate(record.created.plan).workers
-    with _cluster(home, address, workers, progress, interrupts):
-        return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=True)
+    driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
+    with home.driving(sweep):
+        if record.state == "finished":
+            with interrupts.held():
+                return driver.conclude()
+        with _cluster(home, address, workers, progress, interrupts), interrupts.held():
+            return driver.drive(resumed=True)
 
 
 class _Driver:
@@ -215,17 +221,25 @@ class _Driver:
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
 
     def drive(self, *, resumed: bool) -> Outcome:
-        """Runs the sweep to its end or to an interruption, and leaves everything in order."""
-        with self._home.driving(self._sweep):
-            searcher = self._searcher()
-            if resumed:
-                searcher.replay(self._ledger.read(self._sweep))
-            self._append([DriverStarted(resumed=resumed)])
-            self._writer.start()
-            failure = self._run(searcher)
+        """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held."""
+        searcher = self._searcher()
+        if resumed:
+            past = self._ledger.read(self._sweep)
+            searcher.replay(past)
+            self._progress.events(self._sweep, [record.event for record in past])
+        self._append([DriverStarted(resumed=resumed)])
+        self._writer.start()
+        return self.conclude(self._run(searcher))
+
+    def conclude(self, failure: Exception | None = None) -> Outcome:
+        """Writes the report and gives MLflow what it has not got yet, whatever went wrong before; then raises that."""
+        report_directory = None
+        try:
             report_directory = self._write_report()
-            self._progress.stage("delivering to MLflow")
-            delivered = self._deliver()
+        except Exception as error:
+            failure = failure or error
+        self._progress.stage("delivering to MLflow")
+        delivered = self._deliver()
         if failure is not None:
             raise failure
         return Outcome(
@@ -254,18 +268,17 @@ class _Driver:
             append=self._append,
         )
 
-    def _run(self, searcher: PackSearcher) -> BaseException | None:
+    def _run(self, searcher: PackSearcher) -> Exception | None:
         """Runs the jobs and enters how they ended; returns what must be raised once everything is in order."""
         record = read_sweep(self._ledger, self._sweep)
         self._progress.stage("waiting for the first worker")
-        failure: BaseException | None = None
+        failure: Exception | None = None
         state: SweepState = "finished"
         reason = ""
         try:
-            with self._interrupts.held():
-                resources = engine.resources(record.spec.compute.gpus_per_worker)
-                jobs = _Watched(searcher, self._clock, self._interrupts)
-                engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
+            resources = engine.resources(record.spec.compute.gpus_per_worker)
+            jobs = _Watched(searcher, self._clock, self._interrupts)
+            engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
             if searcher.paused:
                 state, reason = "paused", searcher.paused
         except Interrupted as interrupted:
@@ -296,19 +309,20 @@ class _Driver:
         self._progress.events(self._sweep, events)
 
     def _write_report(self) -> Path | None:
-        record = read_sweep(self._ledger, self._sweep)
         self._progress.stage("writing the report")
         try:
-            directory = write_report(record, self._home)
-            self._append([ReportWritten(directory=str(directory))])
+            with self._interrupts.held(False):
+                directory = write_report(read_sweep(self._ledger, self._sweep), self._home)
         except Interrupted:
             return None
+        self._append([ReportWritten(directory=str(directory))])
         self._clock.lap("report")
         return directory
 
     def _deliver(self) -> bool:
         try:
-            delivered = self._writer.finish(_DELIVER_INTERRUPTED_S if self._interrupts.signal else _DELIVER_S)
+            with self._interrupts.held(False):
+                delivered = self._writer.finish(_DELIVER_INTERRUPTED_S if self._interrupts.signal else _DELIVER_S)
         except Interrupted:
             delivered = self._writer.finish(_DELIVER_INTERRUPTED_S)
         self._clock.lap("waiting for MLflow")

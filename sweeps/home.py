@@ -23,13 +23,24 @@ class Home:
     path: Path
 
     @classmethod
+    def locate(cls) -> Home:
+        """The state directory, which may not be there."""
+        return cls(Path(os.environ.get("LORA_SWEEPS_HOME") or ".lora-sweeps").absolute())
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether any sweep was ever entered here."""
+        return (self.path / "ledger.db").exists()
+
+    @classmethod
     def open(cls) -> Home:
         """Finds the state directory, making it where it is missing.
 
         Raises:
             StateError: it cannot be made or written.
         """
-        path = Path(os.environ.get("LORA_SWEEPS_HOME") or ".lora-sweeps").absolute()
+        home = cls.locate()
+        path = home.path
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not os.access(path, os.W_OK | os.X_OK):
@@ -39,7 +50,7 @@ class Home:
                 f"the state directory must be one that can be written; {path} is not ({error.strerror or error}); "
                 "change to another working directory or set LORA_SWEEPS_HOME"
             ) from error
-        return cls(path)
+        return home
 
     @property
     def cache(self) -> Path:

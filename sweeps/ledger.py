@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from sweeps.errors import StateError, SweepNotFoundError
 from sweeps.events import EVENT, Event, SweepCreated
@@ -83,16 +84,28 @@ class Ledger:
             _METADATA.create_all(self._engine)
         except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
             raise StateError(
-                f"the ledger must be a database that can be written; {_hide_password(url)} cannot: {_first_line(error)}"
+                "the ledger must be a database that can be written; "
+                f"{_hide_password(url)} cannot: {_first_line(error)}; mend it, or use another state directory"
             ) from error
 
     @classmethod
     def in_directory(cls, home: Path) -> Ledger:
-        """Opens the ledger file of a state directory."""
+        """Opens the ledger file of a state directory, readable by its owner only.
+
+        Raises:
+            StateError: the file cannot be opened or written.
+        """
         path = home / "ledger.db"
-        ledger = cls(f"sqlite:///{path}")
-        os.chmod(path, 0o600)
-        return ledger
+        try:
+            # Made before SQLite opens it, because the files that it puts beside it take over its mode.
+            os.close(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600))
+            os.chmod(path, 0o600)
+        except OSError as error:
+            raise StateError(
+                f"the ledger must be a file that can be written; {path} cannot: {error.strerror or error}; "
+                "change to another working directory or set LORA_SWEEPS_HOME"
+            ) from error
+        return cls(f"sqlite:///{path}")
 
     def create(self, sweep: str, created: SweepCreated) -> None:
         """Enters a new sweep with its first event."""
@@ -114,13 +127,14 @@ class Ledger:
             .where(_EVENTS.c.sweep == sweep, _EVENTS.c.seq > after)
             .order_by(_EVENTS.c.seq)
         )
-        with self._engine.connect() as connection:
-            return [Record(seq, at_s, EVENT.validate_json(payload)) for seq, at_s, payload in connection.execute(query)]
+        with self._reading() as connection:
+            rows = connection.execute(query).all()
+        return [Record(seq, at_s, self._event(seq, payload)) for seq, at_s, payload in rows]
 
     def sweeps(self) -> list[SweepName]:
         """All sweeps, oldest first."""
         query = sa.select(_SWEEPS.c.id, _SWEEPS.c.name, _SWEEPS.c.created_at_s).order_by(_SWEEPS.c.created_at_s)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return [SweepName(*row) for row in connection.execute(query)]
 
     def find(self, sweep: str) -> SweepName:
@@ -145,12 +159,34 @@ class Ledger:
         """Closes every connection."""
         self._engine.dispose()
 
+    def _event(self, seq: int, payload: str) -> Event:
+        try:
+            return EVENT.validate_json(payload)
+        except ValidationError as error:
+            raise StateError(
+                f"the ledger must hold events that this version knows; event {seq} of {_hide_password(self.url)} is "
+                "none: it is damaged, or was written by another version, which can read it"
+            ) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except sa.exc.DatabaseError as error:
+            raise StateError(
+                f"the ledger must be readable; {_hide_password(self.url)} is not: {_first_line(error)}; "
+                "mend the file or the database, or use another state directory"
+            ) from error
+
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except sa.exc.OperationalError as error:
+        except sa.exc.IntegrityError:
+            raise
+        except sa.exc.DatabaseError as error:
             raise StateError(
                 f"the ledger must be writable; {_hide_password(self.url)} is not: {_first_line(error)}; "
                 "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
@@ -163,13 +199,17 @@ def _row(sweep: str, event: Event) -> dict[str, object]:
 
 def _set_sqlite_pragmas(connection: object, _record: object) -> None:
     cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={_BUSY_TIMEOUT_S * 1000}"):
+    for pragma in (f"busy_timeout={_BUSY_TIMEOUT_S * 1000}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _hide_password(url: str) -> str:
-    return sa.make_url(url).render_as_string(hide_password=True)
+    try:
+        # Without the query, where some drivers take a password too.
+        return sa.make_url(url).set(query={}).render_as_string(hide_password=True)
+    except sa.exc.ArgumentError:
+        return "what was given"
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, TrialSpace
-from sweeps.reduction import Reduction
+from sweeps.errors import InputError
+from sweeps.reduction import MOST_CONFIGURATIONS, Reduction
 from sweeps.spec import MedianPruner, SuccessiveHalving, SweepSpec
 
 _DEFAULT_TRIALS = 64
@@ -88,10 +89,18 @@ def make_plan(
         workers: how many jobs can run at once.
         most_members: the largest pack that a worker's memory holds.
         seconds_per_member_step: measured on this machine, of a full pack; None where it was not.
+
+    Raises:
+        InputError: a grid that is too large to be enumerated.
     """
     canonical = CanonicalSpace.of(spec, reduction)
     grid = spec.search.method == "grid"
     classes = len(reduction.classes) if reduction.classes is not None else None
+    if grid and classes is None:
+        raise InputError(
+            f"search.method: grid takes at most {MOST_CONFIGURATIONS:,} configurations; found "
+            f"{reduction.space.size:,}; list fewer values, or let gp or tpe choose among them"
+        )
     distinct = classes if grid else canonical.size
     trials = spec.search.trials or (distinct if grid and distinct else _DEFAULT_TRIALS)
     trials = min(trials, distinct) if distinct else trials
@@ -115,7 +124,7 @@ def make_plan(
         pack=pack,
         workers=workers,
         member_steps=member_steps,
-        certificates=spec.certify.classes if reduction.eliminated else 0,
+        certificates=min(spec.certify.classes, trials) if reduction.eliminated else 0,
         seconds=None if seconds_per_member_step is None else member_steps * seconds_per_member_step / workers,
         outside=_outside(spec, canonical),
         warnings=tuple(_warnings(spec, reduction, trials, distinct)),
@@ -173,13 +182,6 @@ def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int 
         found.append(
             "alpha is searched and init_scale is not: alpha was an init-scale knob, and init_scale takes its place"
         )
-    if not reduction.travel and "alpha" in searched:
-        constants = [name for name, on in (("eps", reduction.law.has_eps), ("clip_norm", reduction.clip_norm)) if on]
-        if constants:
-            found.append(
-                f"constants: fixed reads {' and '.join(constants)} literally, so configurations of different alpha are "
-                "twins but for that and stay apart"
-            )
     if "lr_ratio" in searched and reduction.clip_norm is not None:
         found.append("clip_norm ties A and B together, so lr_ratio eliminates alpha only, and init_scale stays")
     if spec.search.trials and distinct and spec.search.trials > distinct:

@@ -33,7 +33,7 @@ from lora_core.gauge import (
     scaling_of,
     scaling_squared_of,
 )
-from sweeps.space import Configuration, SearchSpace, alpha_rule
+from sweeps.space import Configuration, SearchSpace, alpha_rule, values_of
 from sweeps.spec import Choice, Range, SweepSpec
 
 Key = tuple[object, ...]
@@ -116,7 +116,11 @@ class Reduction:
         space = SearchSpace.of(spec)
         law = law_of(spec.train.optimizer)
         travel = spec.reduction.constants == "travel"
-        eliminated, stuck = _eliminated(space, clipped=spec.train.clip_norm is not None)
+        clipped = spec.train.clip_norm is not None
+        eliminated, stuck = _eliminated(space, clipped=clipped)
+        pinned = () if travel else _pinned(space, law, clipped=clipped)
+        if eliminated and pinned:
+            eliminated, stuck = (), _why_pinned(pinned) if "alpha" in eliminated else None
         held_init = "init_scale" in eliminated
         return cls(
             space=space,
@@ -181,6 +185,7 @@ class Reduction:
             lr=new.a.lr,
             init_scale=new.init_scale if init_scale is None else init_scale,
             lr_ratio=configuration.lr_ratio * (gauge.a / gauge.b) ** (1 + self.law.degree),
+            weight_decay=configuration.weight_decay if self.travel else new.a.weight_decay,
         )
 
     def twins(self, configuration: Configuration) -> tuple[Configuration, ...]:
@@ -242,7 +247,7 @@ class Reduction:
         s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
         lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
         if self.two_parameter:
-            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2)
+            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, tuple(map(_Hashed, decays))), s2)
             return
         invariants, fixed = self._invariants, not self.travel
         clip_norm = None if self.clip_norm is None else exact(self.clip_norm)
@@ -260,7 +265,7 @@ class Reduction:
         self, rank: int, axes: tuple[tuple[Fraction, ...], ...], scaling_squared: Fraction
     ) -> Iterator[Key]:
         invariants, s2 = self._invariants, scaling_squared
-        lrs, init_scales, ratios, decays = (*axes[:3], tuple(map(_Hashed, axes[3])))
+        lrs, init_scales, ratios, decays = axes
         # lr_b is a product of powers, so that what it owes to c and s is computed once for each of them.
         b_of_c = [(c, invariants.lr_b(Fraction(1), c, s2)) for c in init_scales]
         for lr in lrs:
@@ -345,6 +350,20 @@ def _reference(space: SearchSpace) -> AlphaRule:
     middle_rank = ranks[(len(ranks) - 1) // 2]
     rules = sorted(space.alpha_rules, key=lambda rule: rule.at(middle_rank))
     return rules[(len(rules) - 1) // 2]
+
+
+def _pinned(space: SearchSpace, law: OptimizerLaw, *, clipped: bool) -> tuple[str, ...]:
+    """The constants that, read literally, no other hyperparameter can move along with alpha."""
+    decays = values_of(space.weight_decay)
+    present = {"eps": law.has_eps, "clip_norm": clipped, "weight_decay": decays is None or any(decays)}
+    return tuple(name for name, on in present.items() if on)
+
+
+def _why_pinned(constants: tuple[str, ...]) -> str:
+    return (
+        f"constants: fixed reads {' and '.join(constants)} literally, so configurations of different alpha are twins "
+        "but for that, unless it moves with alpha by the law, and alpha is searched"
+    )
 
 
 def _eliminated(space: SearchSpace, *, clipped: bool) -> tuple[tuple[str, ...], str | None]:

@@ -25,7 +25,6 @@ from sweeps.canonical import TrialSpace
 from sweeps.errors import StateError
 from sweeps.events import (
     Certified,
-    DriverStarted,
     Event,
     JobEnded,
     JobStarted,
@@ -171,8 +170,6 @@ class PackSearcher:
         members: dict[int, list[MemberResult]] = {}
         for event in recorded:
             match event:
-                case DriverStarted():
-                    self._reset_breaker()
                 case JobStarted() if event.job == len(self._jobs):
                     self._replay_start(event)
                 case RungReported() | MemberDiverged():
@@ -182,11 +179,6 @@ class PackSearcher:
         ended = {event.job for event in recorded if isinstance(event, JobEnded)}
         self._orphans = deque(job for job in range(len(self._jobs)) if job not in ended)
         self._events.clear()
-        self._reset_breaker()
-
-    def _reset_breaker(self) -> None:
-        """Whoever starts a driver again has had the chance to mend what failed."""
-        self.paused, self._failures = None, []
 
     def _replay_start(self, started: JobStarted) -> None:
         job = self._compose()
@@ -310,11 +302,12 @@ class PackSearcher:
     def _apply(self, job: int) -> None:
         result, pack = self._arrived.pop(job), self._jobs[job]
         self._applied += 1
-        if pack.work == "certify":
-            return
         if result.error is not None:
             self._apply_error(pack, result)
-            return
+        elif pack.work == "train":
+            self._apply_members(pack, result)
+
+    def _apply_members(self, pack: _Pack, result: JobResult) -> None:
         values: dict[int, float] = {}
         for member in result.members:
             value = member.metrics.get(self._spec.metric.name, math.nan)
@@ -337,6 +330,8 @@ class PackSearcher:
         """Each kind of failure has its policy; a failing member never takes its pack-mates with it."""
         if result.error == "worker_died" and pack.deaths < _MOST_RETRIES:
             self._retries.append(replace(pack, deaths=pack.deaths + 1))
+        elif pack.work == "certify":
+            pass  # one certificate fewer; its trial has finished all the same
         elif result.error == "worker_died" or pack.alone or (result.error == "oom" and len(pack.trials) == 1):
             reason = (
                 f"{result.error}: {result.detail.strip().splitlines()[-1] if result.detail.strip() else 'no detail'}"
@@ -356,7 +351,8 @@ class PackSearcher:
             self._study.tell(told, state, value)
         if number not in self._recorded_ends:
             self._events.append(TrialTold(trial=number, state=state, value=value, reason=reason))
-        if state == "failed":
+        if state == "failed" and number not in self._recorded_ends:
+            # Failures of an earlier driver do not count: whoever starts one again may have mended what failed.
             self._failures.append(reason)
             self._check_breaker()
 

@@ -39,7 +39,7 @@ class Configuration:
     weight_decay: float = 0.0
 
     def label(self) -> str:
-        """A short name for people: `r8 lr1.5e-02 init2.8`."""
+        """A short name for people: `r8 lr0.015 init2.8`."""
         return f"r{self.rank} lr{self.lr:.2g} init{self.init_scale:.2g}" + (
             f" ratio{self.lr_ratio:.2g}" if self.lr_ratio != 1 else ""
         )

@@ -210,7 +210,7 @@ def test_other_patterns_of_non_finite_values_are_different(last):
 
 def test_infinity_is_not_the_largest_number():
     largest = torch.finfo(torch.float64).max
-    assert compare(trajectory(1.0, math.inf), trajectory(1.0, largest), [trajectory(1.0, 1.0)]).kind == "different"
+    assert compare(trajectory(1.0, math.inf), trajectory(1.0, largest), [trajectory(1.0, math.inf)]).kind == "different"
 
 
 def test_a_run_that_ended_early_is_different_from_one_that_went_on():

@@ -379,6 +379,8 @@ def test_writer_delivers_while_the_sweep_goes_on(story: Story, uri: str, client:
     last = story.ledger.read(story.sweep)[-1].event
     assert isinstance(last, Delivered)
     assert last.up_to == story.ledger.read(story.sweep)[-2].seq
+    delivered = [record.event for record in story.ledger.read(story.sweep) if isinstance(record.event, Delivered)]
+    assert [trial for event in delivered for trial in event.trial_run_ids] == [0]
 
 
 def test_writer_outlives_a_server_that_goes_away_and_comes_back(tmp_path: Path, uri: str, client: Any) -> None:

@@ -81,7 +81,8 @@ class Ledger:
             self._engine = sa.create_engine(url, pool_pre_ping=True)
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _set_sqlite_pragmas)
-            _METADATA.create_all(self._engine)
+            with self._engine.begin() as connection:
+                _create_missing_tables(connection)
         except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
             raise StateError(
                 "the ledger must be a database that can be written; "
@@ -195,6 +196,14 @@ class Ledger:
 
 def _row(sweep: str, event: Event) -> dict[str, object]:
     return {"sweep": sweep, "kind": event.kind, "at_s": time.time(), "payload": event.model_dump_json()}
+
+
+def _create_missing_tables(connection: sa.Connection) -> None:
+    # Not `create_all`, which looks first and creates then: of two processes that open a new ledger, one would fail.
+    for table in _METADATA.sorted_tables:
+        connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+        for index in table.indexes:
+            connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
 
 
 def _set_sqlite_pragmas(connection: object, _record: object) -> None:

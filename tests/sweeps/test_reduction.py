@@ -21,17 +21,17 @@ DEGREE = {"sgd": 1, "adam": 0, "adamw": 0}
 AXES = {
     "rank": ["2", "8"],
     "alpha": ["8", "16", "32", "2*rank", "sqrt(rank)"],
-    "lr": ["0.05", "0.1", "0.2", "0.4"],
-    "init_scale": ["0.5", "1", "2"],
+    "lr": ["0.1", "0.2", "0.4"],
+    "init_scale": ["1", "2"],
     "lr_ratio": ["1"],
-    "weight_decay": ["0", "0.1", "0.2"],
+    "weight_decay": ["0", "0.1", "0.4"],
 }
 WITH_RATIO = {
     "rank": ["8"],
     "alpha": ["8", "16", "32", "sqrt(rank)"],
     "lr": ["0.1", "0.2", "0.4"],
-    "init_scale": ["0.5", "1", "2"],
-    "lr_ratio": ["0.25", "1", "2", "4"],
+    "init_scale": ["1", "2"],
+    "lr_ratio": ["0.25", "1", "4"],
     "weight_decay": ["0", "0.1"],
 }
 
@@ -122,8 +122,8 @@ def test_the_classes_of_a_grid_are_those_of_brute_force(optimizer, rslora, const
     expected = brute_force(AXES, optimizer, rslora=rslora, fixed=constants == "fixed", clip=clip)
     assert classes_of(reduction) == expected
     merging = constants == "travel" or (optimizer == "sgd" and not clip)
-    # At rank 8 the rules 16 and 2*rank are one alpha, which merges configurations under any law.
-    assert max(map(len, expected)) > 2 if merging else max(map(len, expected)) == 2
+    different = len(set(reduction.space.configurations()))
+    assert len(expected) < different if merging else len(expected) == different
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -283,10 +283,8 @@ def test_canonical_and_lift_are_inverse(reduction, configuration, alpha):
 @given(reductions, configurations, st.floats(1, 256))
 def test_a_lift_has_the_invariants_of_where_it_came_from(reduction, configuration, alpha):
     optimizer = reduction.law.name
-    here, there = reduction.point(configuration), reduction.point(reduction.lift(configuration, alpha))
-    if not reduction.travel and not reduction.two_parameter:
-        configuration = replace(configuration, weight_decay=0.1)
-    elif not reduction.travel:
+    if reduction.two_parameter and not reduction.travel:
+        # Read literally, one number cannot move with the gauges of both factors.
         configuration = replace(configuration, weight_decay=0.0)
     here, there = reduction.point(configuration), reduction.point(reduction.lift(configuration, alpha))
     assert invariants(there, optimizer) == pytest.approx(invariants(here, optimizer), rel=1e-11)

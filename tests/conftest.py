@@ -1,0 +1,30 @@
+"""Fixtures that several folders of tests use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import SMALL_SPEC, run_cli
+
+
+@dataclass(frozen=True)
+class FinishedSweep:
+    """A small sweep that was run to its end by the real program."""
+
+    cwd: Path
+    output: dict[str, Any]
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedSweep:
+    cwd = tmp_path_factory.mktemp("finished")
+    (cwd / "small.yaml").write_text(SMALL_SPEC)
+    done = run_cli("run", "small.yaml", "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return FinishedSweep(cwd, json.loads(done.stdout), done.stderr)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo check test wheel constraints clean
+.PHONY: install demo check test wheel docs constraints clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ test: install
 
 wheel: install
 	$(BIN)/python -m build --wheel
+
+docs: install
+	$(BIN)/python docs/make_spec.py
 
 # Pins every package of a fresh environment. Local version suffixes such as +cpu are dropped, so that the file names no one build.
 constraints:

@@ -7,6 +7,7 @@ MLflow and reports are projections of it and can be made again at any time.
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -206,11 +207,20 @@ def _create_missing_tables(connection: sa.Connection) -> None:
             connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
 
 
-def _set_sqlite_pragmas(connection: object, _record: object) -> None:
-    cursor = connection.cursor()  # type: ignore[attr-defined]
-    for pragma in (f"busy_timeout={_BUSY_TIMEOUT_S * 1000}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+def _set_sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")
+    deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            # SQLite does not wait here while another process does the same to a new ledger.
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
 
 
 def _hide_password(url: str) -> str:

@@ -17,11 +17,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from sweeps import collapse
-from sweeps.canonical import TrialSpace
+from sweeps.canonical import Continuous, TrialSpace
 from sweeps.errors import StateError
 from sweeps.events import (
     Certified,
@@ -41,8 +42,9 @@ from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
 from sweeps.study import Study, Suggestion
 
-_MOST_REPEATS = 50
-"""So many known points in a row from a sampler mean that it has nothing new to say."""
+_MOST_REPEATS = 10
+"""After so many known points in a pack the sampler has nothing new to say, and the rest are drawn at random; after as
+many again the points of a finite space are gone through one by one."""
 
 _MOST_RETRIES = 2
 """How often a pack whose worker died is tried again."""
@@ -106,7 +108,13 @@ class PackSearcher:
         self._spec, self._reduction, self._space = spec, reduction, space
         self._budget, self._rungs, self._size, self._lanes = trials, rungs, pack, lanes
         self._cache, self._checkpoints, self._append = cache, checkpoints, append
-        self._study = Study(space.dimensions, spec.search, goal=spec.metric.goal, rungs=rungs)
+        self._study = Study(
+            space.dimensions,
+            spec.search,
+            goal=spec.metric.goal,
+            rungs=rungs,
+            log_scale=spec.metric.name in spec.task.log_metrics,
+        )
         self._trials: dict[int, _Trial] = {}
         self._trial_of_class: dict[str, _Trial] = {}
         self._waiting: dict[int, deque[int]] = {rung: deque() for rung in rungs[:-1]}
@@ -261,8 +269,8 @@ class PackSearcher:
         found: list[int] = []
         repeats = 0
         while len(found) < self._size and len(self._trial_of_class) < self._budget and not self.exhausted:
-            suggestion, recorded = self._ask()
-            if suggestion is None or repeats == _MOST_REPEATS:
+            suggestion, recorded = self._ask(repeats)
+            if suggestion is None:
                 self.exhausted = True
                 break
             configuration, class_id = self._space.trial(suggestion.values)
@@ -290,12 +298,26 @@ class PackSearcher:
                 self._study.tell(suggestion.number, original.state, original.value)
         return tuple(found)
 
-    def _ask(self) -> tuple[Suggestion | None, bool]:
-        """A suggestion, and whether it comes from the ledger."""
+    def _ask(self, repeats: int) -> tuple[Suggestion | None, bool]:
+        """A suggestion, None where every point is known, and whether it comes from the ledger."""
         recorded = self._recorded_asks.pop(self._study.count, None)
         if recorded is not None:
             return self._study.ask_known(recorded.values, recorded.sampler_attrs), True
-        return self._study.ask(), False
+        if repeats < 2 * _MOST_REPEATS:
+            return self._study.ask(at_random=repeats >= _MOST_REPEATS), False
+        unknown = self._unknown_point()
+        return None if unknown is None else self._study.ask_known(unknown, {}), False
+
+    def _unknown_point(self) -> dict[str, float] | None:
+        """The first point of a finite space that was never asked."""
+        names, axes = [], []
+        for dimension in self._space.dimensions:
+            if isinstance(dimension, Continuous):
+                return None
+            names.append(dimension.name)
+            axes.append(dimension.values)
+        points = (dict(zip(names, values, strict=True)) for values in product(*axes))
+        return next((point for point in points if self._space.trial(point)[1] not in self._trial_of_class), None)
 
     # -- applying
 

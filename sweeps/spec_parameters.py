@@ -241,7 +241,7 @@ class Parameters(Section):
     init_scale: Annotated[Choice | Range, AsWritten(_WrittenChoice[Positive], _WrittenRange[Positive])] = Choice((1.0,))
     """c, which multiplies the standard deviation of A's initialisation."""
     alpha: Annotated[Choice | Range, AsWritten(_WrittenChoice[AlphaValue], _WrittenRange[Positive])] = Choice((32.0,))
-    """alpha, which is eliminated: numbers, or rules such as 2*rank and 8*sqrt(rank) as `AlphaRule.parse` reads them."""
+    """alpha, which is eliminated: numbers, or rules such as 2*rank and 8*sqrt(rank)."""
     lr_ratio: Annotated[Choice | Range, AsWritten(_WrittenChoice[Positive], _WrittenRange[Positive])] = Choice((1.0,))
     """The learning rate of B as a multiple of that of A (LoRA+)."""
     weight_decay: Annotated[Choice | Range, AsWritten(_WrittenChoice[NotNegative], _WrittenRange[NotNegative])] = (

@@ -30,7 +30,6 @@ Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 Flag = Annotated[bool, Strict()]
 Positive = Annotated[float, Strict(), Field(gt=0)]
 BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
-Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
 
 
 def _in_one(required: str) -> WrapValidator:
@@ -53,6 +52,8 @@ class DigitsTask(Section):
 
     metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/accuracy": "maximize"}
     """What the task reports, and which way is better."""
+    log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
+    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
 
     type: Literal["digits"]
     """The name of the task."""
@@ -204,17 +205,12 @@ class _Pruner(Section):
 
 
 class SuccessiveHalving(_Pruner):
-    """At each rung the best share goes on."""
+    """At each rung the best go on."""
 
     type: Literal["successive_halving"]
     """The name of the pruner."""
-    keep: Share = 1 / 3
-    """The share of trials that each rung lets pass; Optuna takes the nearest of 1/2, 1/3, 1/4 and so on."""
-
-    @property
-    def reduction_factor(self) -> int:
-        """1 / keep as Optuna's pruner takes it: a whole number, at least 2."""
-        return max(2, round(1 / self.keep))
+    reduction_factor: Annotated[int, Strict(), Field(ge=2)] = 3
+    """Of the trials at a rung, the best 1 in so many goes on."""
 
 
 class MedianPruner(_Pruner):

@@ -44,7 +44,13 @@ class Study:
     """An in-memory Optuna study over the dimensions of a canonical space."""
 
     def __init__(
-        self, dimensions: tuple[Dimension, ...], search: SearchSpec, *, goal: Goal, rungs: tuple[int, ...]
+        self,
+        dimensions: tuple[Dimension, ...],
+        search: SearchSpec,
+        *,
+        goal: Goal,
+        rungs: tuple[int, ...],
+        log_scale: bool = False,
     ) -> None:
         """Starts an empty study.
 
@@ -53,11 +59,15 @@ class Study:
             search: method, pruner and seed.
             goal: `minimize` or `maximize`.
             rungs: steps at which trials report, ascending.
+            log_scale: whether values are positive and spread over orders of magnitude.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._dimensions = {dimension.name: dimension for dimension in dimensions}
         self._distributions = {dimension.name: _distribution(dimension) for dimension in dimensions}
         self._search = search
+        # A Gaussian process takes its values for normally distributed, and one trial that blew up would flatten all the
+        # others; the other samplers look at the order of values only.
+        self._log_scale = log_scale and search.method == "gp"
         self._rungs = rungs
         self._report_steps = _report_steps(search, rungs)
         self._study = optuna.create_study(
@@ -71,8 +81,12 @@ class Study:
         """How many trials it has: the number of the next one."""
         return self._count
 
-    def ask(self) -> Suggestion | None:
-        """Proposes a point; None where a grid has no more."""
+    def ask(self, *, at_random: bool = False) -> Suggestion | None:
+        """Proposes a point; None where a grid has no more.
+
+        Args:
+            at_random: whether the point is drawn at random whatever the method, because that repeats itself.
+        """
         number = self._count
         if self._search.method == "grid":
             (grid,) = self._dimensions.values()
@@ -80,7 +94,8 @@ class Study:
             if number >= len(grid.values):
                 return None
             return self.ask_known({grid.name: grid.values[number]}, {})
-        self._study.sampler = _sampler(self._search, number)
+        method = "random" if at_random else self._search.method
+        self._study.sampler = _sampler(method, _seed(self._search.seed, number))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return self._opened(self._study.ask(self._distributions))
@@ -119,7 +134,7 @@ class Study:
         """
         trial = self._open.pop(number)
         if state == "finished" or (state == "pruned" and self._search.method in _SEES_FINISHED_TRIALS_ONLY):
-            self._study.tell(trial, value)
+            self._study.tell(trial, math.log(value) if self._log_scale and value else value)
         elif state == "pruned":
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -142,11 +157,10 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4])
 
 
-def _sampler(search: SearchSpec, number: int) -> optuna.samplers.BaseSampler:
-    seed = _seed(search.seed, number)
+def _sampler(method: str, seed: int) -> optuna.samplers.BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        match search.method:
+        match method:
             case "gp":
                 return optuna.samplers.GPSampler(seed=seed)
             case "tpe":

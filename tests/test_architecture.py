@@ -21,7 +21,7 @@ ONLY_IN = {
     "ruamel": {"sweeps/yaml_text.py"},
     "click": {"services/cli.py", "services/output.py"},
 }
-"""Each heavy or replaceable dependency has its one place. MLflow's database stores answer in SQLAlchemy's exceptions."""
+"""Each heavy dependency has its one place. MLflow's database stores raise SQLAlchemy's exceptions."""
 
 NOT_IN_LORA_CORE = {"ray", "optuna", "mlflow", "transformers", "pydantic", "sqlalchemy", "numpy", "scipy", "sklearn"}
 

@@ -134,6 +134,15 @@ def _initial_network(seed: int) -> DigitsNet:
 
 def _train_base(network: DigitsNet, images: Tensor, labels: Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums are taken in the same order whatever machine or worker trains it
+    try:
+        _train_base_steps(network, images, labels, generator)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_base_steps(network: DigitsNet, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=_BASE_LR)
     for _ in range(_BASE_STEPS):
         batch = torch.randint(len(labels), (_BASE_BATCH,), generator=generator)

@@ -251,7 +251,7 @@ def holds(dimension, configuration: Configuration) -> bool:
 )
 def test_the_share_outside_is_what_sampling_finds(parameters, optimizer, ranges):
     space = make_space(parameters, train=f"optimizer: {optimizer}", reduction=f"ranges: {ranges}")
-    user, random_, samples = space.reduction.space, random.Random(0), 4_000
+    user, random_, samples = space.reduction.space, random.Random(0), 1_500
     outside = 0
     for _ in range(samples):
         rank = random_.choice(user.ranks)

@@ -122,7 +122,7 @@ def test_a_grid_too_large_to_list_is_refused(monkeypatch):
     [
         # A third goes on at each rung: 90 x 50 + 30 x 50 + 10 x 100.
         ("{type: successive_halving, rungs: [50, 100, 200]}", 7_000),
-        ("{type: successive_halving, rungs: [50, 100, 200], keep: 0.5}", 90 * 50 + 45 * 50 + 2_250),
+        ("{type: successive_halving, rungs: [50, 100, 200], reduction_factor: 2}", 90 * 50 + 45 * 50 + 2_250),
         ("{type: median, rungs: [100, 200]}", 90 * 100 + 45 * 100),
         ("{type: none, rungs: [100, 200]}", 90 * 200),
         ("{type: none}", 90 * 200),

@@ -59,8 +59,8 @@ class TrialAsked(_Event):
     class_id: str
     duplicate_of: int | None = None
     """The earlier trial with the same canonical point, which is trained in its place."""
-    sampler_attrs: dict[str, Any] = {}
-    """What the sampler wants to remember of this trial."""
+    by_sampler: bool = True
+    """Whether the method itself chose the point; not so where it only repeated itself."""
 
 
 class JobStarted(_Event):

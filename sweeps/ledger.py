@@ -1,7 +1,8 @@
 """The one truth about sweeps: an append-only list of events in a database.
 
-SQLite by default (WAL, synchronous=FULL, so that what was appended survives a power cut); PostgreSQL by URL. Studies,
-MLflow and reports are projections of it and can be made again at any time.
+A SQLite file (WAL, synchronous=FULL, so that what was appended survives a power cut). Studies, MLflow and reports are
+projections of it and can be made again at any time. Any database that SQLAlchemy speaks to should do; none other is
+tested yet.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Ledger:
         rows = [_row(sweep, event) for event in events]
         if rows:
             with self._writing() as connection:
+                # One appender at a time to a sweep, so that its numbers become visible in order; SQLite has but one.
+                connection.execute(sa.select(_SWEEPS.c.id).where(_SWEEPS.c.id == sweep).with_for_update())
                 connection.execute(_EVENTS.insert(), rows)
 
     def read(self, sweep: str, *, after: int = 0) -> list[Record]:

@@ -37,7 +37,6 @@ class TrialRecord:
         configuration: the canonical point.
         class_id: its class.
         duplicate_of: the trial that is trained in its place; None for a trial of its own.
-        sampler_attrs: the sampler's notes on it.
         state: `waiting` until it has come to its end.
         value: the objective at its end; None where it never reported a finite one.
         reason: why it was pruned, diverged or failed.
@@ -50,7 +49,6 @@ class TrialRecord:
     configuration: Configuration
     class_id: str
     duplicate_of: int | None
-    sampler_attrs: dict[str, Any]
     asked_at_s: float
     state: TrialState | Literal["waiting"] = "waiting"
     value: float | None = None
@@ -164,7 +162,6 @@ def _apply(state: SweepRecord, record: Record) -> None:
                 configuration=asked.configuration,
                 class_id=asked.class_id,
                 duplicate_of=asked.duplicate_of,
-                sampler_attrs=asked.sampler_attrs,
                 asked_at_s=record.at_s,
             )
         case JobStarted() as started:

@@ -283,7 +283,7 @@ class PackSearcher:
                         configuration=configuration,
                         class_id=class_id,
                         duplicate_of=original.number if original else None,
-                        sampler_attrs=suggestion.sampler_attrs,
+                        by_sampler=suggestion.by_sampler,
                     )
                 )
             if original is None:
@@ -302,11 +302,11 @@ class PackSearcher:
         """A suggestion, None where every point is known, and whether it comes from the ledger."""
         recorded = self._recorded_asks.pop(self._study.count, None)
         if recorded is not None:
-            return self._study.ask_known(recorded.values, recorded.sampler_attrs), True
+            return self._study.ask_known(recorded.values, by_sampler=recorded.by_sampler), True
         if repeats < 2 * _MOST_REPEATS:
             return self._study.ask(at_random=repeats >= _MOST_REPEATS), False
         unknown = self._unknown_point()
-        return None if unknown is None else self._study.ask_known(unknown, {}), False
+        return None if unknown is None else self._study.ask_known(unknown, by_sampler=False), False
 
     def _unknown_point(self) -> dict[str, float] | None:
         """The first point of a finite space that was never asked."""

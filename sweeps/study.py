@@ -12,7 +12,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
@@ -32,12 +31,12 @@ class Suggestion:
     Attributes:
         number: the trial's number.
         values: by dimension.
-        sampler_attrs: what the sampler wants to be handed again when the study is rebuilt.
+        by_sampler: whether the method itself chose them, rather than chance or whoever rebuilt the study.
     """
 
     number: int
     values: dict[str, float]
-    sampler_attrs: dict[str, Any]
+    by_sampler: bool
 
 
 class Study:
@@ -93,22 +92,31 @@ class Study:
             assert isinstance(grid, Ordinal), "a grid is searched by the number of the class"
             if number >= len(grid.values):
                 return None
-            return self.ask_known({grid.name: grid.values[number]}, {})
-        method = "random" if at_random else self._search.method
-        self._study.sampler = _sampler(method, _seed(self._search.seed, number))
+            return self.ask_known({grid.name: grid.values[number]}, by_sampler=False)
+        return self._ask("random" if at_random else self._search.method, by_sampler=not at_random)
+
+    def ask_known(self, values: Mapping[str, float], *, by_sampler: bool) -> Suggestion:
+        """Opens the next trial at a known point.
+
+        Args:
+            values: the point, by dimension.
+            by_sampler: whether the method chose it, when the study that is rebuilt here was asked. CMA-ES notes on
+                its own trials where it stands, so it is asked again and makes the same notes; the others need not be.
+        """
+        self._study.enqueue_trial({name: _to_param(self._dimensions[name], value) for name, value in values.items()})
+        again = by_sampler and self._search.method == "cmaes"
+        return self._ask("cmaes" if again else "random", by_sampler=by_sampler)
+
+    def _ask(self, method: str, *, by_sampler: bool) -> Suggestion:
+        self._study.sampler = _sampler(method, _seed(self._search.seed, self._count))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return self._opened(self._study.ask(self._distributions))
-
-    def ask_known(self, values: Mapping[str, float], sampler_attrs: Mapping[str, Any]) -> Suggestion:
-        """Opens the next trial at a known point, as when a study is rebuilt."""
-        params = {name: _to_param(self._dimensions[name], value) for name, value in values.items()}
-        self._study.sampler = optuna.samplers.RandomSampler(seed=0)  # not consulted: every dimension is given
-        self._study.enqueue_trial(params)
-        trial = self._study.ask(self._distributions)
-        for key, value in sampler_attrs.items():
-            trial.storage.set_trial_system_attr(trial._trial_id, key, value)
-        return self._opened(trial)
+            trial = self._study.ask(self._distributions)
+            _ = trial.relative_params  # asks the sampler itself, which a known point alone would not
+        self._open[trial.number] = trial
+        self._count = trial.number + 1
+        values = {name: _from_param(self._dimensions[name], trial.params[name]) for name in self._dimensions}
+        return Suggestion(trial.number, values, by_sampler)
 
     def prune(self, step: int, values: Mapping[int, float]) -> frozenset[int]:
         """Reports the values of a pack's trials at a rung, and returns the numbers of those that the pruner ends.
@@ -139,14 +147,6 @@ class Study:
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
-
-    def _opened(self, trial: Trial) -> Suggestion:
-        self._open[trial.number] = trial
-        self._count = trial.number + 1
-        frozen = self._frozen(trial.number)
-        values = {name: _from_param(self._dimensions[name], trial.params[name]) for name in self._dimensions}
-        attrs = {key: value for key, value in frozen.system_attrs.items() if key.startswith("cma")}
-        return Suggestion(trial.number, values, attrs)
 
     def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
         trial = self._open[number]

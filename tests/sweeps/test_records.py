@@ -29,7 +29,6 @@ def asked(trial: int, duplicate_of: int | None = None) -> TrialAsked:
         configuration=configuration,
         class_id=f"c-{trial}",
         duplicate_of=duplicate_of,
-        sampler_attrs={"cma:n": trial},
     )
 
 
@@ -53,7 +52,6 @@ def test_a_trial_is_what_its_events_say():
     assert (trial.state, trial.value, trial.reason) == ("pruned", 1.5, "at step 100")
     assert (trial.step, trial.metrics) == (100, {"eval/loss": 1.5})
     assert (trial.asked_at_s, trial.told_at_s) == (2.0, 5.0)
-    assert trial.sampler_attrs == {"cma:n": 0}
 
 
 def test_a_trial_waits_until_it_is_told():

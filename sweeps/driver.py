@@ -152,7 +152,7 @@ def start(
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     experiment = spec.tracking.experiment or spec.name
     tracking.check_tracking(uri, experiment)
-    with _cluster(home, address, plan.workers, progress, interrupts):
+    with closing_killed(home, ledger), _cluster(home, address, plan.workers, progress, interrupts):
         if address is not None:
             workers = engine.cluster_workers(engine.resources(spec.compute.gpus_per_worker))
             plan = plan_sweep(document, home, workers=workers)
@@ -193,7 +193,7 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
     tracking.check_tracking(uri, record.created.experiment)
     workers = Plan.model_validate(record.created.plan).workers
     driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
-    with home.driving(sweep):
+    with home.driving(sweep), closing_killed(home, ledger, spare=sweep):
         if record.state == "finished":
             with interrupts.held():
                 return driver.conclude()
@@ -388,6 +388,34 @@ def _tracking_uri(record: SweepRecord) -> str:
     raise TrackingError(
         f"the sweep is tracked at {stored}, whose password is not kept: set MLFLOW_TRACKING_URI to that address"
     )
+
+
+@contextlib.contextmanager
+def closing_killed(home: Home, ledger: Ledger, *, spare: str | None = None) -> Iterator[None]:
+    """Ends the sweeps whose driver was killed, in the ledger and in MLflow, while something else goes on.
+
+    A killed driver could not say that it ended, and left its MLflow runs open. Such a sweep can still be resumed.
+
+    Args:
+        home: the state directory.
+        ledger: its ledger.
+        spare: the sweep that is about to be resumed.
+    """
+    writers = []
+    for sweep in ledger.open_sweeps():
+        with contextlib.suppress(StateError, TrackingError):  # driven by somebody, or tracked where we cannot go now
+            if sweep != spare:
+                with home.driving(sweep):
+                    ledger.append(sweep, [SweepEnded(state="interrupted", reason="its driver was killed")])
+                record = read_sweep(ledger, sweep)
+                writers.append(tracking.MlflowWriter(ledger, sweep, _tracking_uri(record), record.created.experiment))
+    for writer in writers:
+        writer.start()
+    try:
+        yield
+    finally:
+        for writer in writers:
+            writer.finish(_DELIVER_INTERRUPTED_S)
 
 
 @contextlib.contextmanager

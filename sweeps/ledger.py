@@ -142,6 +142,14 @@ class Ledger:
         with self._reading() as connection:
             return [SweepName(*row) for row in connection.execute(query)]
 
+    def open_sweeps(self) -> list[str]:
+        """Ids of the sweeps of which nobody has said how they ended: driven now, or their driver was killed."""
+        kinds = ("sweep_created", "driver_started", "sweep_ended")
+        last = sa.select(sa.func.max(_EVENTS.c.seq)).where(_EVENTS.c.kind.in_(kinds)).group_by(_EVENTS.c.sweep)
+        query = sa.select(_EVENTS.c.sweep).where(_EVENTS.c.seq.in_(last), _EVENTS.c.kind != "sweep_ended")
+        with self._reading() as connection:
+            return list(connection.scalars(query))
+
     def find(self, sweep: str) -> SweepName:
         """The sweep with this id, else the latest with this name, else, for `last`, the latest of all.
 

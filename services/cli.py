@@ -141,8 +141,8 @@ def list_sweeps(as_json: bool) -> None:
     home = Home.locate()
     summaries = []
     if home.has_ledger:
-        ledger = Ledger.in_directory(home.path)
-        summaries = [summary(read_sweep(ledger, sweep.id), home) for sweep in reversed(ledger.sweeps())]
+        with Ledger.in_directory(home.path) as ledger:
+            summaries = [summary(read_sweep(ledger, sweep.id), home) for sweep in reversed(ledger.sweeps())]
     if as_json:
         _print_json(summaries)
     else:
@@ -211,8 +211,8 @@ def _record(sweep: str) -> SweepRecord:
     home = Home.locate()
     if not home.has_ledger:
         raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
-    ledger = Ledger.in_directory(home.path)
-    return read_sweep(ledger, ledger.find(sweep).id)
+    with Ledger.in_directory(home.path) as ledger:
+        return read_sweep(ledger, ledger.find(sweep).id)
 
 
 def _print_json(value: object) -> None:

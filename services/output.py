@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from sweeps import tracking
+from sweeps.collapse import Certificate
 from sweeps.driver import Outcome
 from sweeps.events import Event, JobStarted, RungReported, TrialAsked, TrialTold
 from sweeps.export import FORMATS
@@ -171,14 +172,7 @@ def _outcome_lines(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
     total_s = sum(seconds for stage, seconds in outcome.seconds.items() if stage in _WALL)
     yield "sweep", [f"{record.id}: {record.state} after {total_s:.0f} s"]
     yield "reduction", _reduction_lines(record)
-    counts = record.counts()
-    counts.pop("waiting" if not counts["waiting"] else "", None)
-    duplicates = len(record.trials) - len(record.trained)
-    trials = ", ".join(f"{count} {state}" for state, count in counts.items())
-    yield (
-        "trials",
-        [f"{len(record.trained)}: {trials}" + (f"; {duplicates} repeats not trained again" if duplicates else "")],
-    )
+    yield "trials", [_trials_in_words(record)]
     yield "best", best_lines(record) if record.best else ["no trial has finished"]
     yield "certificates", _certificate_lines(record)
     if outcome.report is not None:
@@ -205,13 +199,21 @@ def _reduction_lines(record: SweepRecord) -> list[str]:
     return lines
 
 
+def _trials_in_words(record: SweepRecord) -> str:
+    shown = {state: count for state, count in record.counts().items() if count or state != "waiting"}
+    words = ", ".join(f"{count} {state}" for state, count in shown.items())
+    duplicates = len(record.trials) - len(record.trained)
+    return f"{len(record.trained)}: {words}" + (f"; {duplicates} repeats not trained again" if duplicates else "")
+
+
 def _certificate_lines(record: SweepRecord) -> list[str]:
     if not record.certificates:
         return ["none"]
-    verdicts = Counter(twin["verdict"] for certificate in record.certificates for twin in certificate["twins"])
-    whole = sum(all(t["verdict"] != "different" for t in certificate["twins"]) for certificate in record.certificates)
+    certificates = [Certificate.model_validate(certificate) for certificate in record.certificates]
+    verdicts = Counter(twin.verdict for certificate in certificates for twin in certificate.twins)
+    whole = sum(certificate.holds for certificate in certificates)
     words = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    return [f"{whole} of {len(record.certificates)} classes collapse; twins: {words}"]
+    return [f"{whole} of {len(certificates)} classes collapse; twins: {words}"]
 
 
 def _mlflow_lines(record: SweepRecord) -> list[str]:
@@ -240,10 +242,13 @@ def best_lines(record: SweepRecord) -> list[str]:
     assert found is not None, "asked only where a trial has finished"
     measured = ", ".join(f"{name} {value:.4g}{unit_of(name)}" for name, value in found.metrics.items())
     default = found.default_init
+    ratio = f", lr ratio {found.lr_ratio:.4g}" if found.lr_ratio != 1 else ""
+    decay = f", weight decay {found.weight_decay:.4g}" if found.weight_decay else ""
     return [
         f"{measured} (trial {found.trial})",
-        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}",
-        f"with default init the same run is alpha {default['alpha']:.4g}, lr {default['lr']:.4g}",
+        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}{ratio}{decay}",
+        f"with default init the same run is alpha {default['alpha']:.4g}, lr {default['lr']:.4g}{ratio}"
+        + (f", weight decay {default['weight_decay']:.4g}" if found.weight_decay else ""),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lora_core.checkpoint import export_peft_adapter, load_member
 from sweeps import engine, report, tracking
-from sweeps.errors import StateError, TrackingError
+from sweeps.errors import ClusterError, StateError, TrackingError
 from sweeps.events import (
     DriverStarted,
     Event,
@@ -35,7 +35,7 @@ from sweeps.plan import Plan, make_plan, trial_space
 from sweeps.records import SweepRecord, TrialRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
-from sweeps.spec import SpecDocument
+from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.tracking_address import hide_passwords
 
 _HIDDEN = ":***@"
@@ -148,14 +148,18 @@ def start(
     """
     clock, spec = _Clock(), document.spec
     progress.stage("checking the spec against the model and the data")
-    ledger, plan = Ledger.in_directory(home.path), plan_sweep(document, home)
+    plan = plan_sweep(document, home)
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     experiment = spec.tracking.experiment or spec.name
     tracking.check_tracking(uri, experiment)
-    with closing_killed(home, ledger), _cluster(home, address, plan.workers, progress, interrupts):
+    with (
+        Ledger.in_directory(home.path) as ledger,
+        closing_killed(home, ledger),
+        _cluster(home, address, plan.workers, progress, interrupts),
+    ):
+        resources = _resources(spec, home)
         if address is not None:
-            workers = engine.cluster_workers(engine.resources(spec.compute.gpus_per_worker))
-            plan = plan_sweep(document, home, workers=workers)
+            plan = plan_sweep(document, home, workers=_workers(spec, resources))
         sweep = f"{name or spec.name}-{secrets.token_hex(3)}"
         created = SweepCreated(
             name=name or spec.name,
@@ -168,9 +172,9 @@ def start(
             lanes=plan.workers + 1,
             pack=plan.pack,
         )
-        with home.driving(sweep), interrupts.held():
+        with home.driving(sweep):
             ledger.create(sweep, created)
-            return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resumed=False)
+            return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resources, resumed=False)
 
 
 def resume(reference: str, home: Home, *, address: str | None, progress: Progress, interrupts: Interrupts) -> Outcome:
@@ -186,19 +190,33 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
     Raises:
         InputError: there is no such sweep, or it cannot be driven from here.
     """
-    clock, ledger = _Clock(), Ledger.in_directory(home.path)
-    sweep = ledger.find(reference).id
-    record = read_sweep(ledger, sweep)
-    uri = _tracking_uri(record)
-    tracking.check_tracking(uri, record.created.experiment)
-    workers = Plan.model_validate(record.created.plan).workers
-    driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
-    with home.driving(sweep), closing_killed(home, ledger, spare=sweep):
-        if record.state == "finished":
-            with interrupts.held():
-                return driver.conclude()
-        with _cluster(home, address, workers, progress, interrupts), interrupts.held():
-            return driver.drive(resumed=True)
+    clock = _Clock()
+    with Ledger.in_directory(home.path) as ledger:
+        sweep = ledger.find(reference).id
+        record = read_sweep(ledger, sweep)
+        uri = _tracking_uri(record)
+        tracking.check_tracking(uri, record.created.experiment)
+        workers = Plan.model_validate(record.created.plan).workers
+        driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
+        with home.driving(sweep), closing_killed(home, ledger, spare=sweep):
+            if record.state == "finished":
+                with interrupts.held():
+                    return driver.conclude()
+            with _cluster(home, address, workers, progress, interrupts):
+                return driver.drive(_resources(record.spec, home), resumed=True)
+
+
+def _resources(spec: SweepSpec, home: Home) -> engine.Resources:
+    """What a worker takes of the connected cluster, which must have it, and see the checkpoints from all its nodes."""
+    resources = engine.resources(spec.compute.gpus_per_worker)
+    engine.check_fits(resources)
+    engine.check_shared(home.path)
+    return resources
+
+
+def _workers(spec: SweepSpec, resources: engine.Resources) -> int:
+    room = engine.cluster_workers(resources)
+    return room if spec.compute.workers == "auto" else min(spec.compute.workers, room)
 
 
 class _Driver:
@@ -220,7 +238,7 @@ class _Driver:
         experiment = read_sweep(ledger, sweep).created.experiment
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
 
-    def drive(self, *, resumed: bool) -> Outcome:
+    def drive(self, resources: engine.Resources, *, resumed: bool) -> Outcome:
         """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held."""
         searcher = self._searcher()
         if resumed:
@@ -229,7 +247,7 @@ class _Driver:
             self._progress.events(self._sweep, [record.event for record in past])
         self._append([DriverStarted(resumed=resumed)])
         self._writer.start()
-        return self.conclude(self._run(searcher))
+        return self.conclude(self._run(searcher, resources))
 
     def conclude(self, failure: Exception | None = None) -> Outcome:
         """Writes the report and gives MLflow what it has not got yet, whatever went wrong before; then raises that."""
@@ -268,19 +286,19 @@ class _Driver:
             append=self._append,
         )
 
-    def _run(self, searcher: PackSearcher) -> Exception | None:
+    def _run(self, searcher: PackSearcher, resources: engine.Resources) -> Exception | None:
         """Runs the jobs and enters how they ended; returns what must be raised once everything is in order."""
-        record = read_sweep(self._ledger, self._sweep)
         self._progress.stage("waiting for the first worker")
         failure: Exception | None = None
         state: SweepState = "finished"
         reason = ""
         try:
-            resources = engine.resources(record.spec.compute.gpus_per_worker)
             jobs = _Watched(searcher, self._clock, self._interrupts)
             engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
             if searcher.paused:
                 state, reason = "paused", searcher.paused
+            elif not searcher.finished:
+                raise ClusterError("Ray Tune must run until the search is over; it ended before; resume the sweep")
         except Interrupted as interrupted:
             state, reason = "interrupted", signal.Signals(interrupted.signal).name
         except Exception as error:
@@ -422,10 +440,9 @@ def closing_killed(home: Home, ledger: Ledger, *, spare: str | None = None) -> I
 def _cluster(
     home: Home, address: str | None, workers: int, progress: Progress, interrupts: Interrupts
 ) -> Iterator[None]:
-    """The cluster, for as long as the context lasts; signals are held while Ray is at work."""
+    """The cluster, for as long as the context lasts; signals are held throughout, because Ray is at work."""
     progress.stage("starting Ray" if address is None else f"connecting to Ray at {address}")
-    with contextlib.ExitStack() as stack:
-        with interrupts.held():
-            stack.enter_context(engine.cluster(address, workers=workers, token_file=home.ray_token))
+    with interrupts.held(), engine.cluster(address, workers=workers, token_file=home.ray_token):
+        interrupts.rearm()
         interrupts.check()
         yield

@@ -31,7 +31,6 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: Tune's handler waits for running jobs
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -115,6 +114,52 @@ def cluster_workers(resources: Resources) -> int:
     by_cpu = total.get("CPU", 1.0) / resources.cpus
     by_gpu = total.get("GPU", 0.0) / resources.gpus if resources.gpus else by_cpu
     return max(1, int(min(by_cpu, by_gpu)))
+
+
+def check_fits(resources: Resources) -> None:
+    """Makes sure that some node of the connected cluster has room for a worker; Ray would wait for ever.
+
+    Raises:
+        ClusterError: none has.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= resources.cpus and node.get("GPU", 0) >= resources.gpus for node in nodes):
+        return
+    found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    raise ClusterError(
+        f"a worker takes {resources.cpus:g} CPU and {resources.gpus:g} GPUs of one node; the nodes have {found}; "
+        "lower compute.gpus_per_worker or use another cluster"
+    )
+
+
+def check_shared(directory: Path) -> None:
+    """Makes sure that every node of the connected cluster sees a directory of this machine, as checkpoints need.
+
+    Raises:
+        ClusterError: a node does not.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    probe = directory / f"probe-{secrets.token_hex(8)}"
+    probe.touch()
+    try:
+        see = ray.remote(num_cpus=0)(os.path.exists)
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        answers = ray.get([see.options(scheduling_strategy=one).remote(str(probe)) for one in strategies])
+    finally:
+        probe.unlink()
+    blind = [node["NodeManagerAddress"] for node, sees in zip(nodes, answers, strict=True) if not sees]
+    if blind:
+        raise ClusterError(
+            f"the state directory must be seen from every node, because checkpoints lie in it; {directory} is not seen "
+            f"from {', '.join(blind)}: set LORA_SWEEPS_HOME to a directory that all nodes share"
+        )
 
 
 def resources(gpus_per_worker: float | Literal["auto"]) -> Resources:
@@ -234,10 +279,7 @@ def _guarded(token_file: Path) -> Iterator[None]:
     """
     ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # every listener on 127.0.0.1
     if "RAY_AUTH_MODE" not in os.environ:
-        if not token_file.exists():
-            descriptor = os.open(token_file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
+        _make_token(token_file)
         ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
@@ -251,6 +293,19 @@ def _guarded(token_file: Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _make_token(path: Path) -> None:
+    """Makes a token file unless there is one; of two processes that do so at once, both end up with the same one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+    os.chmod(path, 0o600)
 
 
 def _check_reachable(address: str) -> None:

@@ -1,13 +1,12 @@
 """The exceptions of lora-sweeps.
 
     SweepsError
-    ├── InputError                what was asked for cannot be done; the message is for the user (exit code 2)
-    │   ├── SpecError             a spec with one or more faults, each with its place
-    │   ├── SweepNotFoundError    no sweep goes by that name or id
-    │   ├── StateError            a directory, database or lock that cannot be used
-    │   ├── TrackingError         MLflow cannot be reached or refuses
-    │   └── ClusterError          Ray cannot be started or reached
-    └── JobError                  a job failed on a worker; carried over Ray, told by kind
+    └── InputError                what was asked for cannot be done; the message is for the user (exit code 2)
+        ├── SpecError             a spec with one or more faults, each with its place
+        ├── SweepNotFoundError    no sweep goes by that name or id
+        ├── StateError            a directory, database or lock that cannot be used
+        ├── TrackingError         MLflow cannot be reached or refuses
+        └── ClusterError          Ray cannot be started or reached
 
 Every one of them pickles, because Ray carries exceptions between processes.
 """
@@ -81,20 +80,3 @@ class TrackingError(InputError):
 
 class ClusterError(InputError):
     """Ray cannot be started, or the cluster at the given address cannot be reached."""
-
-
-class JobError(SweepsError):
-    """A job that failed on a worker.
-
-    Attributes:
-        kind: `error`, `oom` or `worker_died`.
-        detail: what the worker said, a traceback where there is one.
-    """
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(kind, detail)
-        self.kind = kind
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}"

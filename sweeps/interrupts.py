@@ -1,12 +1,18 @@
-"""Ctrl-C and SIGTERM, turned into one exception at a moment when it does no harm."""
+"""Ctrl-C and SIGTERM, turned into one exception at a moment when it does no harm.
+
+The first signal ends the sweep in order. A second one gives the signals back to the system, so that a third kills.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
@@ -22,7 +28,7 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Raises `Interrupted` for the first signal, at once or where it is next looked for; later ones change nothing.
+    """Raises `Interrupted` for the first signal, at once or where it is next looked for.
 
     Ray's own code must not be interrupted by an exception: it loses it, or reports an error of its own in its place. So
     around calls of Ray signals are `held`, and looked for with `check` where our own code has the word.
@@ -61,15 +67,26 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.rearm()
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def rearm(self) -> None:
+        """Installs the handlers again: `ray.init` puts its own in place of SIGTERM's."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._handle)
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._caught is None:
             self._caught = number
-        if not self._holding:
-            self.check()
+            if not self._holding:
+                self.check()
+            return
+        for one in _SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        os.write(2, b"\nending in order; once more kills\n")

@@ -172,6 +172,12 @@ class Ledger:
         """Closes every connection."""
         self._engine.dispose()
 
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     def _event(self, seq: int, payload: str) -> Event:
         try:
             return EVENT.validate_json(payload)

@@ -96,7 +96,11 @@ def local_workers(spec: SweepSpec) -> int:
     """How many jobs this machine runs at once: one a GPU, or one a core where there is no GPU."""
     if spec.compute.workers != "auto":
         return spec.compute.workers
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    gpus, share = torch.cuda.device_count(), spec.compute.gpus_per_worker
+    if gpus and share != 0:
+        return max(1, int(gpus / (1.0 if share == "auto" else share)))
+    # Not on macOS, which has no affinities.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _found(spec: SweepSpec) -> str:
@@ -120,11 +124,12 @@ def most_members(spec: SweepSpec, fit: Preflight) -> int:
         activation_itemsize=itemsize,
     )
     base_bytes = sum(tensor.numel() * tensor.itemsize for tensor in parameters)
-    return max(1, cost.pack_limit(_worker_memory_bytes(fit.workers), base_bytes=base_bytes, member=member))
+    return max(1, cost.pack_limit(_worker_memory_bytes(spec, fit.workers), base_bytes=base_bytes, member=member))
 
 
-def _worker_memory_bytes(workers: int) -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
+def _worker_memory_bytes(spec: SweepSpec, workers: int) -> int:
+    share = spec.compute.gpus_per_worker
+    if torch.cuda.is_available() and share != 0:
+        return int(torch.cuda.get_device_properties(0).total_memory * (1.0 if share == "auto" else min(1.0, share)))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // (workers + 1)  # one share is the driver's

@@ -225,10 +225,18 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["g"] = lambda value, digits=4: "–" if value is None else f"{value:.{digits}g}"
+    environment.filters["rest"] = _rest_in_words
     environment.filters["unit"] = unit_of
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["counts"] = counts_in_words
     return environment
+
+
+def _rest_in_words(point: Configuration | Best) -> str:
+    """What a point has beside rank, alpha and lr; what is as usual is left out."""
+    ratio = f", lr ratio {point.lr_ratio:.4g}" if point.lr_ratio != 1 else ""
+    decay = f", weight decay {point.weight_decay:.4g}" if point.weight_decay else ""
+    return f"init scale {point.init_scale:.4g}{ratio}{decay}"
 
 
 def counts_in_words(counts: dict[str, int]) -> str:

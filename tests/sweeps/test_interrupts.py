@@ -18,9 +18,18 @@ def test_the_first_signal_is_raised_and_later_ones_are_not(number: int):
         with pytest.raises(Interrupted, match=str(int(number))):
             send(number)
         assert interrupts.signal == number
-        send(signal.SIGINT)
         interrupts.check()
+        send(signal.SIGINT)
         assert interrupts.signal == number
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a third one kills"
+
+
+def test_handlers_that_somebody_replaced_are_put_back_by_rearm():
+    with Interrupts().watching() as interrupts:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as `ray.init` does with one of its own
+        interrupts.rearm()
+        with pytest.raises(Interrupted, match="15"):
+            send(signal.SIGTERM)
 
 
 def test_a_held_signal_waits_for_check():

@@ -37,6 +37,9 @@ from typing import Literal
 
 Decay = Literal["l2", "decoupled"]
 
+VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
+"""What a comparison of two twins that were really trained finds; `trajectory.py` says how."""
+
 
 class NoLawError(ValueError):
     """An optimizer for which no equivalence between values of alpha is known; the message gives the reason."""
@@ -273,30 +276,24 @@ class ExactInvariants:
         return Fraction(lr**2 * (init_scale**2 * scaling_squared) ** (1 + self.law.degree))
 
     def constants_of_both_factors(
-        self,
-        lr: tuple[Fraction, Fraction],
-        eps: Fraction,
-        weight_decay: Fraction,
-        init_scale: Fraction,
-        scaling_squared: Fraction,
+        self, eps: Fraction, weight_decay: Fraction, init_scale: Fraction, scaling_squared: Fraction
     ) -> tuple[Fraction, ...]:
-        """Squares of eps_A c, eps_B / (c s) and of the two weight decays, for the two-parameter gauge.
+        """Squares of eps_A c, eps_B / (c s), wd_A c**q and wd_B / (c s)**q, for the two-parameter gauge.
 
-        Args:
-            lr: learning rates of A and of B.
+        q is 2 for L2 decay and 1 + p for decoupled decay, as in the law.
         """
+        q = 2 if self.law.decay == "l2" else 1 + self.law.degree
         c_squared, cs_squared = init_scale**2, init_scale**2 * scaling_squared
         eps_pair = (eps**2 * c_squared, eps**2 / cs_squared) if self.law.has_eps else ()
-        if self.law.decay == "decoupled":
-            return (*eps_pair, (lr[0] * weight_decay) ** 2, (lr[1] * weight_decay) ** 2)
-        return (*eps_pair, (weight_decay * c_squared) ** 2, (weight_decay / cs_squared) ** 2)
+        return (*eps_pair, weight_decay**2 * c_squared**q, weight_decay**2 / cs_squared**q)
 
 
 # -- alpha as people write it ------------------------------------------------------------------------------------------
 
-_RULE = re.compile(
-    r"""^\s*(?:(?P<factor>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*\*\s*)?(?P<term>rank|r|sqrt\(\s*(?:rank|r)\s*\))\s*$"""
-)
+ALPHA_RULE_PATTERN = r"^\s*(?:(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*\*\s*)?(rank|r|sqrt\(\s*(?:rank|r)\s*\))\s*$"
+"""A rule for alpha: its factor and its term; written so that a JSON schema can hold it too."""
+
+_RULE = re.compile(ALPHA_RULE_PATTERN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,21 +312,24 @@ class AlphaRule:
     def parse(cls, text: float | int | str) -> AlphaRule:
         """Reads `16`, `"2*rank"`, `"rank"`, `"sqrt(rank)"` or `"8*sqrt(rank)"`.
 
+        A factor of more digits than a float holds is the float nearest to it, as lr and all others are: two rules
+        that are different give different alphas.
+
         Raises:
             ValueError: anything else, or a factor that is not positive.
         """
         match = _RULE.match(text) if isinstance(text, str) else None
-        number = (match["factor"] or "1") if match else str(text)
+        number = (match[1] or "1") if match else str(text)
         try:
             # As a float first: a Fraction of "1e999999999" would fill the memory with its digits.
-            positive = 0 < float(number) < math.inf
+            factor = float(number)
         except ValueError:
-            positive = False
-        if not positive:
+            factor = math.nan
+        if not 0 < factor < math.inf:
             requirement = 'alpha must be a positive number, or a rule such as "2*rank" or "8*sqrt(rank)"'
             raise ValueError(f"{requirement}; found {text!r}")
-        half_powers: Literal[0, 1, 2] = 0 if match is None else 1 if match["term"].startswith("sqrt") else 2
-        return cls(exact(number), half_powers)
+        half_powers: Literal[0, 1, 2] = 0 if match is None else 1 if match[2].startswith("sqrt") else 2
+        return cls(exact(factor), half_powers)
 
     def at(self, rank: int) -> float:
         """alpha at a rank."""

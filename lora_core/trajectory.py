@@ -24,18 +24,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter import LoraBank
+from lora_core.gauge import VerdictKind
 from lora_core.train import StepRecord
 
 FLOAT32_EPS = 2.0**-23
 THRESHOLD = 10.0
-
-VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
 
 
 @dataclass(frozen=True)

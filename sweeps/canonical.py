@@ -13,13 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain, count, product
+from itertools import chain, product
 from typing import Any, Protocol
 
 from lora_core.gauge import AlphaRule
 from sweeps.reduction import Reduction
 from sweeps.space import DIMENSIONS, Configuration, SearchSpace, values_of
 from sweeps.spec import Choice, Range, SweepSpec
+
+_RANKS_TRIED = 64
+_OTHER_RANKS = range(1, _RANKS_TRIED + 1)
+"""Ranks at which alpha's rules are told apart: first the user's, then these."""
 
 _NODES = 64
 """Points to a continuous dimension at which the share left outside is averaged."""
@@ -43,7 +47,22 @@ class Continuous:
     log: bool
 
 
-Dimension = Ordinal | Continuous
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """A dimension of all the whole numbers between two bounds, both included."""
+
+    name: str
+    low: int
+    high: int
+    log: bool
+
+    @property
+    def values(self) -> range:
+        """All of them, ascending."""
+        return range(self.low, self.high + 1)
+
+
+Dimension = Ordinal | Integer | Continuous
 
 
 class TrialSpace(Protocol):
@@ -107,7 +126,7 @@ class CanonicalSpace:
     @property
     def size(self) -> int | None:
         """How many points it has; None where it is continuous."""
-        sizes = [len(d.values) if isinstance(d, Ordinal) else 0 for d in self.dimensions]
+        sizes = [0 if isinstance(d, Continuous) else len(d.values) for d in self.dimensions]
         return math.prod(sizes) or None
 
     def share_outside(self) -> float:
@@ -146,6 +165,8 @@ def _canonical_dimension(name: str, reduction: Reduction, widened: bool) -> Dime
         return _stretched(name, own, reduction)
     if widened and name in ("lr", "init_scale", "lr_ratio"):
         return _stretched(name, own, reduction)
+    if name == "rank" and isinstance(own, Range):
+        return Integer(name, int(own.min), int(own.max), log=own.distribution == "log_uniform")
     values = values_of(own)
     if name == "alpha" and values is not None:
         values = tuple(_rules_by_alpha(reduction.space))
@@ -156,21 +177,29 @@ def _canonical_dimension(name: str, reduction: Reduction, widened: bool) -> Dime
 
 
 def _rules_by_alpha(space: SearchSpace) -> dict[float, AlphaRule]:
-    """The user's rules for alpha, named by their alpha at the smallest rank at which no two of them meet."""
+    """The user's rules for alpha, named by their alpha at the first rank at which no two of them meet.
+
+    Where every rank has two that meet (out of the range of floats, or by so many rules that they take turns), they are
+    named by their places in the spec.
+    """
     rules = space.alpha_rules
-    named = ({rule.at(rank): rule for rule in rules} for rank in chain(space.ranks, count(1)))
-    return next(by_alpha for by_alpha in named if len(by_alpha) == len(rules))
+    named = ({rule.at(rank): rule for rule in rules} for rank in chain(space.ranks[:_RANKS_TRIED], _OTHER_RANKS))
+    by_place = {float(place): rule for place, rule in enumerate(rules)}
+    return next((by_alpha for by_alpha in named if len(by_alpha) == len(rules)), by_place)
 
 
 def _stretched(name: str, own: Choice | Range, reduction: Reduction) -> Dimension:
-    """A dimension widened by every shift that the eliminated dimensions can give it."""
+    """A dimension widened by every shift that the eliminated dimensions can give it, distributed as it was."""
     shifts = [shift[name] for shift in _shifts(reduction, ends=True) if name in shift] or [1.0]
     values, eliminated = values_of(own), [getattr(reduction.space, gone) for gone in reduction.eliminated]
     if values is not None and all(values_of(gone) is not None for gone in eliminated):
         # Rounded, because the same value reached by two ways differs in its last digits.
         return Ordinal(name, tuple(sorted({float(f"{value * shift:.12g}") for value in values for shift in shifts})))
-    low, high = (min(values), max(values)) if values is not None else (own.min, own.max)  # type: ignore[union-attr]
-    return Continuous(name, low * min(shifts), high * max(shifts), log=True)
+    if isinstance(own, Range):
+        low, high, log = own.min, own.max, own.distribution == "log_uniform"
+    else:
+        low, high, log = min(own.values), max(own.values), True
+    return Continuous(name, low * min(shifts), high * max(shifts), log)
 
 
 def _shifts(reduction: Reduction, *, ends: bool = False) -> Iterable[dict[str, float]]:

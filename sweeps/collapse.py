@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from lora_core.gauge import VerdictKind
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
-
-VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
 
 CONTROLS = 4
 """Control runs to a certificate."""
@@ -44,6 +42,21 @@ class TwinVerdict(BaseModel):
     update_norms: dict[str, tuple[float, ...]]
     """By layer: Frobenius norm of s B A after each step."""
 
+    @property
+    def fault(self) -> str | None:
+        """Why this twin is no proof of the class, None where it is one.
+
+        A twin that is exact in binary must be bit-identical: rounding cannot excuse it, and a constant that does not
+        move with alpha may well be small enough to hide within the rounding envelope.
+        """
+        twin = f"the twin at alpha {self.configuration.alpha:g}"
+        if self.verdict == "different":
+            step = "" if self.first_step is None else f" from step {self.first_step}"
+            return f"{twin} is different{step}"
+        if self.exact_in_binary and self.verdict != "bit-identical":
+            return f"{twin} is exact in binary and had to be bit-identical, but is {self.verdict}"
+        return None
+
 
 class Certificate(BaseModel):
     """The proof for one class."""
@@ -63,8 +76,13 @@ class Certificate(BaseModel):
 
     @property
     def holds(self) -> bool:
-        """Whether no twin is different."""
-        return all(twin.verdict != "different" for twin in self.twins)
+        """Whether every twin exact in binary is bit-identical, and no other is different."""
+        return not self.faults
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why it does not hold: a sentence for each twin that speaks against it."""
+        return tuple(twin.fault for twin in self.twins if twin.fault is not None)
 
 
 def choose(
@@ -80,7 +98,7 @@ def choose(
     Returns:
         Trial numbers, in the order in which they are to be certified.
     """
-    sign = 1 if spec.metric.goal == "minimize" else -1
+    sign = spec.metric.sign
     ranked = sorted(finished, key=lambda trial: (math.inf if trial[1] is None else sign * trial[1], trial[0]))
     ranks_seen: set[int] = set()
     first: list[tuple[int, Configuration, str]] = []

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lora_core.checkpoint import export_peft_adapter, load_member
-from sweeps import engine, report, tracking
+from sweeps import engine, tracking
+from sweeps.clock import Clock
+from sweeps.deliverables import write_report
 from sweeps.errors import ClusterError, StateError, TrackingError
 from sweeps.events import (
     DriverStarted,
@@ -25,14 +26,12 @@ from sweeps.events import (
     SweepEnded,
     SweepState,
 )
-from sweeps.export import FORMATS
-from sweeps.export.point import ExportPoint
 from sweeps.home import Home
 from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, make_plan, trial_space
-from sweeps.records import SweepRecord, TrialRecord, read_sweep
+from sweeps.records import SweepRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
 from sweeps.spec import SpecDocument, SweepSpec
@@ -79,24 +78,6 @@ class Outcome:
     seconds: dict[str, float]
 
 
-class _Clock:
-    """Where the driver's wall time goes, by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since_s = time.perf_counter()
-
-    def lap(self, stage: str, *, ago_s: float = 0.0) -> None:
-        """Books the time since the last lap, up to `ago_s` seconds ago, on a stage."""
-        until_s = max(self._since_s, time.perf_counter() - ago_s)
-        self.add(stage, until_s - self._since_s)
-        self._since_s = until_s
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Books time on a stage that runs beside others."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-
 def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None, timed: bool = False) -> Plan:
     """Plans a sweep on this machine.
 
@@ -118,7 +99,7 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
     if not timed:
         return plan
     seconds = preflight.seconds_per_member_step(spec, reduction, fit.task, plan.pack)
-    return plan.model_copy(update={"seconds": plan.member_steps * seconds / workers})
+    return plan.with_time(seconds)
 
 
 def start(
@@ -146,7 +127,7 @@ def start(
     Raises:
         InputError: something that was asked for cannot be done.
     """
-    clock, spec = _Clock(), document.spec
+    clock, spec = Clock(), document.spec
     progress.stage("checking the spec against the model and the data")
     plan = plan_sweep(document, home)
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
@@ -190,7 +171,7 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
     Raises:
         InputError: there is no such sweep, or it cannot be driven from here.
     """
-    clock = _Clock()
+    clock = Clock()
     with Ledger.in_directory(home.path) as ledger:
         sweep = ledger.find(reference).id
         record = read_sweep(ledger, sweep)
@@ -228,7 +209,7 @@ class _Driver:
         ledger: Ledger,
         sweep: str,
         uri: str,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress,
         interrupts: Interrupts,
     ) -> None:
@@ -350,7 +331,7 @@ class _Driver:
 class _Watched:
     """A searcher whose own time is booked, and which a signal may interrupt: a sampler can take seconds."""
 
-    def __init__(self, searcher: PackSearcher, clock: _Clock, interrupts: Interrupts) -> None:
+    def __init__(self, searcher: PackSearcher, clock: Clock, interrupts: Interrupts) -> None:
         self._searcher, self._clock, self._interrupts = searcher, clock, interrupts
 
     @property
@@ -366,33 +347,6 @@ class _Watched:
 
     def complete(self, result: JobResult, *, wall_s: float = 0.0) -> None:
         self._searcher.complete(result, wall_s=wall_s)
-
-
-def write_report(record: SweepRecord, home: Home) -> Path:
-    """Writes a sweep's report, the export of its best point, and that trial's adapter; returns their directory."""
-    directory = home.report(record.id)
-    report.write(report.build(record), directory)
-    best = record.best
-    if best is not None:
-        for name, write in FORMATS.items():
-            write(ExportPoint.of(record, best), directory / "export" / name)
-        _write_adapter(record, best, home, directory / "adapter")
-    return directory
-
-
-def _write_adapter(record: SweepRecord, trial: TrialRecord, home: Home, directory: Path) -> None:
-    """The trained adapter as a PEFT folder, in the gauge in which it was trained."""
-    checkpoint = trial.rungs[-1].checkpoint
-    assert checkpoint is not None, "a trial that finished has left its state"
-    lora = record.spec.lora
-    export_peft_adapter(
-        directory,
-        load_member(home.checkpoints(record.id) / checkpoint).adapter,
-        rank=trial.configuration.rank,
-        alpha=trial.configuration.alpha,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-    )
 
 
 def _tracking_uri(record: SweepRecord) -> str:

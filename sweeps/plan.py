@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, TrialSpace
+from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, Integer, TrialSpace
 from sweeps.errors import InputError
 from sweeps.reduction import MOST_CONFIGURATIONS, Reduction
 from sweeps.spec import MedianPruner, SuccessiveHalving, SweepSpec
@@ -67,20 +67,21 @@ class Plan(BaseModel):
     outside: Outside
     warnings: tuple[str, ...]
 
+    def with_time(self, seconds_per_member_step: float) -> Plan:
+        """The plan with its time.
+
+        Args:
+            seconds_per_member_step: measured on this machine, of a full pack on one worker.
+        """
+        return self.model_copy(update={"seconds": self.member_steps * seconds_per_member_step / self.workers})
+
 
 def trial_space(spec: SweepSpec, reduction: Reduction) -> TrialSpace:
     """Where the trials of a spec come from."""
     return ClassGrid(reduction) if spec.search.method == "grid" else CanonicalSpace.of(spec, reduction)
 
 
-def make_plan(
-    spec: SweepSpec,
-    reduction: Reduction,
-    *,
-    workers: int,
-    most_members: int,
-    seconds_per_member_step: float | None = None,
-) -> Plan:
+def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_members: int) -> Plan:
     """Plans a sweep.
 
     Args:
@@ -88,10 +89,9 @@ def make_plan(
         reduction: its reduction.
         workers: how many jobs can run at once.
         most_members: the largest pack that a worker's memory holds.
-        seconds_per_member_step: measured on this machine, of a full pack; None where it was not.
 
     Raises:
-        InputError: a grid that is too large to be enumerated.
+        InputError: a grid that is too large to be enumerated, or a pack that is too large for the memory.
     """
     canonical = CanonicalSpace.of(spec, reduction)
     grid = spec.search.method == "grid"
@@ -125,7 +125,7 @@ def make_plan(
         workers=workers,
         member_steps=member_steps,
         certificates=min(spec.certify.classes, trials) if reduction.eliminated else 0,
-        seconds=None if seconds_per_member_step is None else member_steps * seconds_per_member_step / workers,
+        seconds=None,
         outside=_outside(spec, canonical),
         warnings=tuple(_warnings(spec, reduction, trials, distinct)),
     )
@@ -134,7 +134,14 @@ def make_plan(
 def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int) -> int:
     """The pack size of the spec; automatic: the largest power of two that memory, the sampler and the workers like."""
     if spec.compute.pack != "auto":
-        return min(spec.compute.pack, trials)
+        pack = min(spec.compute.pack, trials)
+        if pack > most_members:
+            raise InputError(
+                f"compute.pack: required at most {most_members:,} members, which is what the memory of each of "
+                f"{workers:,} {'worker' if workers == 1 else 'workers'} holds; found {pack:,}; write a smaller pack, "
+                "pack: auto, or fewer workers"
+            )
+        return pack
     rounds = 1 if spec.search.method in ("grid", "random") else _PACKS_TO_LEARN_FROM
     wanted = max(1, min(most_members, trials // max(rounds, workers), _LARGEST_AUTO_PACK))
     return int(2 ** math.floor(math.log2(wanted)))
@@ -153,7 +160,7 @@ def _member_steps(spec: SweepSpec, trials: int, rungs: tuple[int, ...]) -> int:
 
 
 def _describe(dimension: Dimension) -> dict[str, Any]:
-    if isinstance(dimension, Continuous):
+    if isinstance(dimension, Continuous | Integer):
         distribution = "log_uniform" if dimension.log else "uniform"
         return {"name": dimension.name, "min": dimension.low, "max": dimension.high, "distribution": distribution}
     return {"name": dimension.name, "values": list(dimension.values)}

@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from sweeps.collapse import Certificate
@@ -37,8 +38,8 @@ from sweeps.events import (
 from sweeps.ledger import Record
 from sweeps.records import fold
 from sweeps.reduction import Reduction
+from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
-from sweeps.tracking_address import hide_passwords
 from sweeps.tracking_fields import (
     alpha_family,
     best_tags,
@@ -53,6 +54,9 @@ from sweeps.tracking_fields import (
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 
 SWEEP_TAG, ROLE_TAG, NAME_TAG = "lora_sweeps.sweep_id", "lora_sweeps.role", "lora_sweeps.run"
+
+ARTIFACTS_TAG, ARTIFACTS_WAIT, ARTIFACTS_DELIVERED = "lora_sweeps.artifacts", "waiting", "delivered"
+"""On the parent: whether the sweep's files are there. Anything but `delivered` makes the next writer try again."""
 
 _STATUS_OF_TRIAL: dict[str, RunStatus] = {
     "finished": "FINISHED",
@@ -101,8 +105,7 @@ class RunWrite:
         params, metrics, tags: what is added.
         status: the status that it has after this; None where that does not change.
         end_ms: when it came to that status.
-        texts: artifacts by path.
-        directories: whose files become artifacts under `report`.
+        artifacts: by path: a text, or a directory whose files go there.
     """
 
     key: RunKey
@@ -113,8 +116,7 @@ class RunWrite:
     tags: dict[str, str] = field(default_factory=dict)
     status: RunStatus | None = None
     end_ms: int = 0
-    texts: dict[str, str] = field(default_factory=dict)
-    directories: list[str] = field(default_factory=list)
+    artifacts: dict[str, str | Path] = field(default_factory=dict)
 
     def add(self, key: str, points: Iterable[tuple[int, float]], at_ms: int) -> None:
         """Adds (step, value) points of a metric; infinities become a tag, because MLflow would store 1.8e308."""
@@ -175,7 +177,8 @@ class Projection:
             case SweepEnded() as ended:
                 self._end(ended, at_ms)
             case ReportWritten() as written:
-                self._parent().directories.append(written.directory)
+                self._parent().artifacts["report"] = Path(written.directory)
+                self._parent().tags[ARTIFACTS_TAG] = ARTIFACTS_WAIT
 
     # -- the parent
 
@@ -190,9 +193,10 @@ class Projection:
         write.params |= sweep_params(spec, self._reduction, created)
         write.tags |= {
             "lora_sweeps.state": "running",
+            ARTIFACTS_TAG: ARTIFACTS_WAIT,
             "mlflow.note.content": description(fold(self._sweep, self._seen)),
         }
-        write.texts |= {
+        write.artifacts |= {
             "spec.yaml": hide_passwords(created.spec_text),
             "spec.resolved.json": hide_passwords(json.dumps(created.spec, indent=2)),
             "plan.json": hide_passwords(json.dumps(created.plan, indent=2)),
@@ -212,7 +216,7 @@ class Projection:
         if ended.reason:
             write.tags["lora_sweeps.reason"] = tag(ended.reason)
         if record.best is not None:
-            write.tags |= best_tags(record.best)
+            write.tags |= best_tags(record.best, self._reduced)
             write.add("best_value", [(record.best.step, record.best.value or 0.0)], at_ms)
         for state, count in record.counts().items():
             write.add(f"trials/{state}", [(0, count)], at_ms)

@@ -125,7 +125,7 @@ class SweepRecord:
 
     def ranked(self) -> list[TrialRecord]:
         """Finished trials, best first; equal values in the order they were asked."""
-        sign = 1 if self.spec.metric.goal == "minimize" else -1
+        sign = self.spec.metric.sign
         finished = [trial for trial in self.trained if trial.state == "finished" and trial.value is not None]
         return sorted(finished, key=lambda trial: (sign * (trial.value or 0.0), trial.number))
 

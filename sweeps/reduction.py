@@ -7,6 +7,9 @@
 
 Configurations of a finite space are grouped by exact rational invariants, never by a tolerance. The canonical point
 of a class is its member at the reference alpha.
+
+    key     rank and invariants of a class as text, each as the hexadecimal numerator/denominator of an exact rational
+    id      64 bits of a hash of the optimizer's law and the key
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ from lora_core.gauge import (
     scaling_of,
     scaling_squared_of,
 )
+from sweeps.errors import InputError
 from sweeps.space import Configuration, SearchSpace, alpha_rule, values_of
 from sweeps.spec import Choice, Range, SweepSpec
 
-Key = tuple[object, ...]
+Key = tuple[str, ...]
 
 MOST_CONFIGURATIONS = 2_000_000
 """A finite space larger than this is not enumerated."""
@@ -47,7 +51,7 @@ class ConfigurationClass:
     """All configurations of a finite space that are one training run.
 
     Attributes:
-        key: rank and invariants, the same for every member.
+        key: rank and invariants as text, the same for every member.
         members: indices of its configurations in the search space.
         reduction: the reduction it is part of.
     """
@@ -58,8 +62,8 @@ class ConfigurationClass:
 
     @property
     def id(self) -> str:
-        """Short name made from the invariants: the same class has the same name in every sweep."""
-        return _name(self.key)
+        """The name of the class; see `Reduction.class_id`."""
+        return self.reduction._id_of(self.key)
 
     @property
     def configurations(self) -> Iterator[Configuration]:
@@ -205,13 +209,23 @@ class Reduction:
 
     @cached_property
     def classes(self) -> tuple[ConfigurationClass, ...] | None:
-        """Every class of a finite space in the order of its first member; None for a continuous or enormous one."""
+        """Every class of a finite space in the order of its first member; None for a continuous or enormous one.
+
+        Raises:
+            InputError: two classes have the same id, for which there is one chance in ten million among two million.
+        """
         size = self.space.size
         if size is None or size > MOST_CONFIGURATIONS:
             return None
         groups: dict[Key, list[int]] = {}
         for index, key in enumerate(self._keys()):
             groups.setdefault(key, []).append(index)
+        # Before any trial is looked up by its id: the later class of two would count as trained already.
+        if len({self._id_of(key) for key in groups}) < len(groups):
+            raise InputError(
+                "classes that can be told apart by their ids were required; found two different ones with the same "
+                "id (a collision of hashes); change any value of a searched parameter"
+            )
         return tuple(ConfigurationClass(key, tuple(members), self) for key, members in groups.items())
 
     def members_of(self, class_id: str) -> tuple[Configuration, ...] | None:
@@ -224,13 +238,26 @@ class Reduction:
         return {found.id: found for found in self.classes or ()}
 
     def class_id(self, configuration: Configuration) -> str:
-        """The name of the configuration's class."""
+        """The name of the configuration's class: 16 hexadecimal digits.
+
+        Equal ids mean the same optimizer, rank and exact invariants, those of eps, weight decay and clip norm among
+        them as the configuration really has them: so the same training, whichever alpha was stated with or without
+        rsLoRA, wherever data, seeds, steps and what else a spec fixes (betas, momentum, schedule, init) are the same
+        too, for the id knows nothing of those. Two different classes of a finite space never share an id (`classes`
+        would have refused it); elsewhere the chance is that of a collision of 64 bits. Different ids in one sweep mean
+        different training; in two sweeps they may not, because one that searches lr_ratio unclipped has another gauge
+        and so other invariants.
+        """
         rules = (self.reference, *self.space.alpha_rules)
         rank, alpha = configuration.rank, configuration.alpha
         rule = next((rule for rule in rules if rule.at(rank) == alpha), None) or AlphaRule.parse(alpha)
         others = (configuration.lr, configuration.init_scale, configuration.lr_ratio, configuration.weight_decay)
         (key,) = self._keys_at(rank, rule, tuple((value,) for value in others))
-        return _name(key)
+        return self._id_of(key)
+
+    def _id_of(self, key: Key) -> str:
+        gauge = "two-parameter" if self.two_parameter else "shared"
+        return "c-" + hashlib.sha256(" ".join((self.law.name, gauge, *key)).encode()).hexdigest()[:16]
 
     def _keys(self) -> Iterator[Key]:
         """The key of every configuration, in index order."""
@@ -241,48 +268,51 @@ class Reduction:
     def _keys_at(self, rank: int, rule: AlphaRule, others: tuple[tuple[float, ...], ...]) -> Iterator[Key]:
         """Keys of all configurations of one rank and alpha.
 
-        Exact fractions are slow and grids are large, so under the shared gauge each invariant is computed once for a
-        value, and the loop over configurations only joins them.
+        Exact fractions are slow and grids are large, so each invariant is computed once for the values it depends on,
+        and becomes text, which hashes and compares fast; the loop over configurations joins them.
         """
         s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
+        # Constants that travel are stated at the reference: there they have the invariants that they have everywhere.
+        stated_s2 = scaling_squared_of(self.reference, rank, rslora=self.rslora) if self.travel else s2
         lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
         if self.two_parameter:
-            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, tuple(map(_Hashed, decays))), s2)
+            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2, stated_s2)
             return
-        invariants, fixed = self._invariants, not self.travel
+        invariants = self._invariants
         clip_norm = None if self.clip_norm is None else exact(self.clip_norm)
-        constants = (invariants.eps(exact(self.eps), s2), _unless_zero(invariants.clip_norm, clip_norm, s2))
         yield from product(
-            (rank,),
-            [_Hashed(invariants.lr(lr, s2)) for lr in lrs],
-            [_Hashed(invariants.init_scale(c, s2)) for c in init_scales],
-            [_Hashed(ratio) for ratio in ratios],
-            [_Hashed(_unless_zero(invariants.weight_decay, wd, s2) if fixed else wd) for wd in decays],
-            [tuple(map(_Hashed, constants)) if fixed else ()],
+            (str(rank),),
+            [_text(invariants.lr(lr, s2)) for lr in lrs],
+            [_text(invariants.init_scale(c, s2)) for c in init_scales],
+            [_text(ratio) for ratio in ratios],
+            [_text(_unless_zero(invariants.weight_decay, wd, stated_s2)) for wd in decays],
+            [_text(invariants.eps(exact(self.eps), stated_s2))],
+            [_text(_unless_zero(invariants.clip_norm, clip_norm, stated_s2))],
         )
 
     def _two_parameter_keys(
-        self, rank: int, axes: tuple[tuple[Fraction, ...], ...], scaling_squared: Fraction
+        self, rank: int, axes: tuple[tuple[Fraction, ...], ...], scaling_squared: Fraction, stated_s2: Fraction
     ) -> Iterator[Key]:
         invariants, s2 = self._invariants, scaling_squared
         lrs, init_scales, ratios, decays = axes
+        held = None if self.reference_init_scale is None or not self.travel else exact(self.reference_init_scale)
         # lr_b is a product of powers, so that what it owes to c and s is computed once for each of them.
-        b_of_c = [(c, invariants.lr_b(Fraction(1), c, s2)) for c in init_scales]
+        b_of_c = [
+            (c, invariants.lr_b(Fraction(1), c, s2), [self._constants(wd, held or c, stated_s2) for wd in decays])
+            for c in init_scales
+        ]
         for lr in lrs:
-            b_of_lr = [(lr * ratio, invariants.lr_b(lr * ratio, Fraction(1), Fraction(1))) for ratio in ratios]
-            for c, share_of_c in b_of_c:
-                step_a = _Hashed(invariants.lr_a(lr, c))
-                for lr_b, share_of_lr in b_of_lr:
-                    steps = (rank, step_a, _Hashed(share_of_lr * share_of_c))
-                    for wd in decays:
-                        yield (*steps, *self._two_parameter_constants((lr, lr_b), wd, c, s2))
+            b_of_lr = [invariants.lr_b(lr * ratio, Fraction(1), Fraction(1)) for ratio in ratios]
+            for c, share_of_c, constants in b_of_c:
+                step_a = _text(invariants.lr_a(lr, c))
+                for share_of_lr in b_of_lr:
+                    step_b = _text(share_of_lr * share_of_c)
+                    for of_both in constants:
+                        yield str(rank), step_a, step_b, of_both
 
-    def _two_parameter_constants(
-        self, lr: tuple[Fraction, Fraction], wd: Fraction, c: Fraction, scaling_squared: Fraction
-    ) -> Key:
-        if self.travel:
-            return (wd,)
-        return self._invariants.constants_of_both_factors(lr, exact(self.eps), wd, c, scaling_squared)
+    def _constants(self, weight_decay: Fraction, init_scale: Fraction, scaling_squared: Fraction) -> str:
+        found = self._invariants.constants_of_both_factors(exact(self.eps), weight_decay, init_scale, scaling_squared)
+        return " ".join(map(_text, found))
 
     @cached_property
     def _invariants(self) -> ExactInvariants:
@@ -309,19 +339,9 @@ class Reduction:
         return Gauge(a, k / a)
 
 
-class _Hashed(Fraction):
-    """A fraction that computes its hash once: hashing is what grouping a million keys spends its time on."""
-
-    __slots__ = ("_hash",)
-    _hash: int
-
-    def __new__(cls, value: Fraction) -> _Hashed:
-        self = super().__new__(cls, value)
-        self._hash = Fraction.__hash__(value)
-        return self
-
-    def __hash__(self) -> int:  # type: ignore[override]  # typeshed's numbers.Complex has none
-        return self._hash
+def _text(value: Fraction) -> str:
+    """A rational as text, the same for the same number; hexadecimal, which has no limit of digits and is quick."""
+    return f"{value.numerator:x}/{value.denominator:x}"
 
 
 def _unless_zero(
@@ -329,10 +349,6 @@ def _unless_zero(
 ) -> Fraction:
     """The invariant of a constant that may be absent; absent and 0 are the same in every gauge."""
     return invariant(constant, scaling_squared) if constant else Fraction(0)
-
-
-def _name(key: Key) -> str:
-    return "c-" + hashlib.sha256(repr(key).encode()).hexdigest()[:10]
 
 
 def _middle(dimension: Choice | Range) -> float:

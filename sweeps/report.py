@@ -139,7 +139,7 @@ def build(record: SweepRecord) -> CollapseReport:
     spec = record.spec
     reduction = Reduction.of(spec)
     order = ("finished", "pruned", "waiting", "diverged", "failed")
-    sign = 1 if spec.metric.goal == "minimize" else -1
+    sign = spec.metric.sign
 
     def rank(trial: TrialRecord) -> tuple[int, float, int]:
         value = math.inf if trial.value is None else sign * trial.value

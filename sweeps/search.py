@@ -4,8 +4,8 @@
     rung   a step count at which trials report; a *job* takes one pack from one rung to the next
 
 Pure logic: no Ray, no torch, no clock in any decision. In the reproducible order (the default) results are applied in
-the order in which their jobs were composed, so that what is searched depends on seeds alone, not on which worker came
-first; in the asynchronous order they are applied as they arrive.
+the order in which their jobs were composed, so that what is searched depends on the spec, its seeds, the pack size and
+the number of lanes, not on which worker came first; in the asynchronous order they are applied as they arrive.
 
 Every decision follows from the calls made on the searcher, and the ledger has all of those. Resuming is therefore
 replaying: the same code is run over the recorded calls, with recorded answers in the sampler's place.

@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from lora_core.gauge import AlphaRule
+from lora_core.gauge import ALPHA_RULE_PATTERN, AlphaRule
 from sweeps.spec_faults import Mistake, Section, is_number, mistakes_of, nearest, refusal, refuse, without_tag
 from sweeps.yaml_text import shown
 
@@ -191,7 +191,6 @@ def _read_constant(raw: object, validate: ValidatorFunctionWrapHandler) -> Choic
 
 
 _ALPHA = 'a number above 0, or a rule such as "2*rank" or "8*sqrt(rank)"'
-_RULE_PATTERN = r"^\s*(\d+(\.\d+)?([eE][-+]?\d+)?\s*\*\s*)?(rank|r|sqrt\(\s*(rank|r)\s*\))\s*$"
 
 
 def _read_alpha(raw: object) -> float | str:
@@ -222,7 +221,7 @@ AlphaValue = Annotated[
     float | str,
     PlainValidator(_read_alpha),
     WithJsonSchema(
-        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": _RULE_PATTERN}]}
+        {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": ALPHA_RULE_PATTERN}]}
     ),
 ]
 

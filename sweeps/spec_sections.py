@@ -180,6 +180,11 @@ class MetricSpec(Section):
     goal: Goal = Field("minimize", json_schema_extra=_without_default)
     """Which way is better; unless written, as the task says."""
 
+    @property
+    def sign(self) -> Literal[1, -1]:
+        """What the metric is multiplied by so that less is better."""
+        return 1 if self.goal == "minimize" else -1
+
 
 # -- how it is searched ------------------------------------------------------------------------------------------------
 
@@ -244,8 +249,9 @@ class SearchSpec(Section):
     seed: Seed = 0
     """Seed of the search."""
     order: Literal["reproducible", "asynchronous"] = "reproducible"
-    """reproducible: suggestions depend on seeds alone, never on which worker finishes first. asynchronous: a worker
-    never waits."""
+    """reproducible: suggestions depend on the spec, its seeds, the pack size and the number of workers, never on which
+    worker finishes first; for the same ones on another machine write compute.pack and compute.workers as numbers, since
+    auto follows the machine. asynchronous: a worker never waits."""
 
     def rungs(self, steps: int) -> tuple[int, ...]:
         """Returns the step counts at which trials report, rising.
@@ -271,20 +277,30 @@ class CertifySpec(Section):
 
 # -- where it runs -----------------------------------------------------------------------------------------------------
 
-CountOrAuto = Annotated[Count | Literal["auto"], _in_one("an integer of at least 1, or auto")]
+# More of either is a slip of the pen; unbounded, it would be believed, and memory asked for accordingly.
+MOST_WORKERS = MOST_MEMBERS = 4096
+
+WorkersOrAuto = Annotated[
+    Annotated[int, Strict(), Field(ge=1, le=MOST_WORKERS)] | Literal["auto"],
+    _in_one(f"an integer from 1 to {MOST_WORKERS}, or auto"),
+]
+PackOrAuto = Annotated[
+    Annotated[int, Strict(), Field(ge=1, le=MOST_MEMBERS)] | Literal["auto"],
+    _in_one(f"an integer from 1 to {MOST_MEMBERS}, or auto"),
+]
 
 
 class ComputeSpec(Section):
     """What a sweep may use; auto: what there is."""
 
-    workers: CountOrAuto = "auto"
-    """Jobs at the same time."""
+    workers: WorkersOrAuto = "auto"
+    """Jobs at the same time, at most 4096."""
     gpus_per_worker: Annotated[
         Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], _in_one("a number of at least 0, or auto")
     ] = "auto"
     """GPUs of one worker; fractions share one."""
-    pack: CountOrAuto = "auto"
-    """Trials that one worker trains at once."""
+    pack: PackOrAuto = "auto"
+    """Trials that one worker trains at once, at most 4096 and no more than its memory holds."""
 
 
 class TrackingSpec(Section):

@@ -17,11 +17,14 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial, TrialState
 
-from sweeps.canonical import Continuous, Dimension, Ordinal
+from sweeps.canonical import Continuous, Dimension, Integer, Ordinal
 from sweeps.events import TrialState as Ending
 from sweeps.spec import Goal, MedianPruner, SearchSpec, SuccessiveHalving
 
 _SEES_FINISHED_TRIALS_ONLY = ("gp", "cmaes")
+
+_SMALLEST = 2.0**-52
+"""Where values are modelled by their logarithm, those below this (a loss of exactly 0 too) count as this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,9 @@ class Study:
         """
         trial = self._open.pop(number)
         if state == "finished" or (state == "pruned" and self._search.method in _SEES_FINISHED_TRIALS_ONLY):
-            self._study.tell(trial, math.log(value) if self._log_scale and value else value)
+            if self._log_scale and value is not None:
+                value = math.log(max(value, _SMALLEST))
+            self._study.tell(trial, value)
         elif state == "pruned":
             self._study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -195,14 +200,18 @@ def _report_steps(search: SearchSpec, rungs: tuple[int, ...]) -> dict[int, int]:
 def _distribution(dimension: Dimension) -> BaseDistribution:
     if isinstance(dimension, Continuous):
         return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+    if isinstance(dimension, Integer):
+        return IntDistribution(dimension.low, dimension.high, log=dimension.log)
     return IntDistribution(0, len(dimension.values) - 1)
 
 
 def _to_param(dimension: Dimension, value: float) -> float | int:
     if isinstance(dimension, Continuous):
         return value
+    if isinstance(dimension, Integer):
+        return round(value)
     return min(range(len(dimension.values)), key=lambda i: math.fabs(dimension.values[i] - value))
 
 
 def _from_param(dimension: Dimension, param: float) -> float:
-    return param if isinstance(dimension, Continuous) else dimension.values[int(param)]
+    return dimension.values[int(param)] if isinstance(dimension, Ordinal) else param

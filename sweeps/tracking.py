@@ -2,6 +2,7 @@
 
     outbox      the ledger's events after the last `Delivered`; nothing else remembers what MLflow has yet to be told
     batch       some of these events, projected (`sweeps/projection.py`), written, and then entered as `Delivered`
+    artifacts   the sweep's files, after the events; that they are owed is a tag of the parent run (`ARTIFACTS_TAG`)
 
 A failure is treated as a crash: everything but the ledger is forgotten, the sweep's runs are found again by their tags,
 and the batch is made again. MLflow can therefore be away for any time, and a driver can die between any two requests.
@@ -9,40 +10,38 @@ and the batch is made again. MLflow can therefore be away for any time, and a dr
 
 from __future__ import annotations
 
-import getpass
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from sweeps.errors import TrackingError
-from sweeps.events import Delivered, SweepCreated
+from sweeps.events import Delivered
 from sweeps.ledger import Ledger, Record
-from sweeps.projection import NAME_TAG, ROLE_TAG, SWEEP_TAG, Projection, RunKey, RunWrite
+from sweeps.projection import ARTIFACTS_DELIVERED, ARTIFACTS_TAG, Projection, RunKey, RunWrite
+from sweeps.secrecy import hide_passwords
 from sweeps.tracking_address import (
     absolute_uri,
-    artifact_location,
     check_address,
     default_uri,
     deleted_experiment,
-    hide_passwords,
     open_command,
     run_url,
-    without_userinfo,
+    shown_address,
 )
+from sweeps.tracking_fields import tag
+from sweeps.tracking_runs import Runs
 
 __all__ = [
     "MlflowWriter",
+    "Outbox",
     "absolute_uri",
     "check_tracking",
     "default_uri",
-    "deliver",
     "hide_passwords",
     "open_command",
     "run_url",
@@ -79,7 +78,7 @@ class MlflowWriter:
             uri: MLflow's tracking URI.
             experiment: name of the experiment; made where it is missing.
         """
-        self._outbox = _Outbox(ledger, sweep_id, uri, experiment)
+        self._outbox = Outbox(ledger, sweep_id, uri, experiment)
         self._woken = threading.Event()
         self._finishing = threading.Event()
         self._abandoned = False
@@ -144,40 +143,18 @@ class MlflowWriter:
                 self._finishing.wait(_PERIOD_S)
 
 
-def deliver(ledger: Ledger, sweep_id: str, uri: str | None = None, experiment: str | None = None) -> None:
-    """Delivers what an earlier driver left in the outbox, in the foreground.
-
-    Args:
-        ledger: where the events are, and where `Delivered` goes.
-        sweep_id: the sweep's id in it.
-        uri: MLflow's tracking URI; None takes the one that the sweep was created with.
-        experiment: the experiment's name; None likewise.
-
-    Raises:
-        TrackingError: MLflow cannot be reached or refuses; what was not delivered still waits in the ledger.
-    """
-    created = ledger.read(sweep_id)[0].event
-    assert isinstance(created, SweepCreated), "a sweep's first event says that it was created"
-    outbox = _Outbox(ledger, sweep_id, uri or created.tracking_uri, experiment or created.experiment)
-    try:
-        outbox.deliver()
-    except Exception as error:
-        raise TrackingError(_words(error)) from error
-    if outbox.note is not None:
-        raise TrackingError(outbox.note)
-
-
-class _Outbox:
+class Outbox:
     """One sweep's way from the ledger to MLflow."""
 
     def __init__(self, ledger: Ledger, sweep: str, uri: str, experiment: str) -> None:
         self._ledger, self._sweep, self._uri, self._experiment = ledger, sweep, absolute_uri(uri), experiment
-        self._runs: _Runs | None = None
+        self._runs: Runs | None = None
         self._projection = Projection(sweep)
         self._seen = 0
         self._entered: dict[RunKey, str] = {}
+        self._owed: dict[str, str | Path] = {}
         self.note: str | None = None
-        """What MLflow refused for good without holding up the rest; None where there is nothing."""
+        """Why MLflow has not got the sweep's files, where its store refuses them; None where nothing is wrong."""
 
     def deliver(self) -> None:
         """Brings MLflow up to the end of the ledger, or raises."""
@@ -186,6 +163,8 @@ class _Outbox:
             while pending:
                 self._deliver_batch(pending[:_BATCH])
                 pending = pending[_BATCH:] or self._ledger.read(self._sweep, after=self._seen)
+            if self._owed and self.note is None:
+                self._deliver_artifacts()  # last: metrics never wait for files
         except BaseException:
             self._runs = None
             raise
@@ -199,10 +178,15 @@ class _Outbox:
                 up_to = record.event.up_to
                 self._entered |= {RunKey("trial", str(n)): run for n, run in record.event.trial_run_ids.items()}
                 self._entered[RunKey("sweep")] = record.event.parent_run_id
-        self._runs = _Runs(self._sweep, self._uri, self._experiment, prefer=frozenset(self._entered.values()))
+        self._runs = Runs(
+            _connect(self._uri), self._sweep, self._uri, self._experiment, prefer=frozenset(self._entered.values())
+        )
         if not self._runs.has(self._entered):
             self._entered, up_to = {}, 0
-        self._projection.project(record for record in records if record.seq <= up_to)
+        told = self._projection.project(record for record in records if record.seq <= up_to)
+        self._owed, self.note = {}, None
+        if self._runs.owes_artifacts:
+            self._owed = {path: artifact for write in told for path, artifact in write.artifacts.items()}
         self._seen = up_to
         return [record for record in records if record.seq > up_to]
 
@@ -213,7 +197,10 @@ class _Outbox:
             if write.key.role == "sweep":
                 self._runs.ensure(write)
         for write in writes:
-            self.note = self._runs.write(write) or self.note
+            self._write(write)
+            if write.artifacts:  # what was refused before has another try with them
+                self._owed |= write.artifacts
+                self.note = None
         self._seen = batch[-1].seq
         if all(isinstance(record.event, Delivered) for record in batch):
             return
@@ -228,100 +215,17 @@ class _Outbox:
         self._ledger.append(self._sweep, [delivered])
         self._entered |= ids
 
-
-@dataclass(slots=True)
-class _Run:
-    id: str
-    status: str
-    parent: str | None
-
-
-class _Runs:
-    """A sweep's runs in MLflow: found by their tags when it is opened, made where they are missing."""
-
-    def __init__(self, sweep: str, uri: str, experiment: str, *, prefer: frozenset[str]) -> None:
-        """Opens the experiment and finds the runs.
-
-        Args:
-            sweep: its id.
-            uri: the tracking URI.
-            experiment: the experiment's name.
-            prefer: ids of runs that stay if a run should be there twice.
-        """
-        self._sweep = sweep
-        self._client = _connect(uri)
-        self.experiment_id = self._find_experiment(uri, experiment)
-        self._runs: dict[RunKey, _Run] = {}
-        found = sorted(self._search(), key=lambda run: run.info.run_id not in prefer)
-        for run in found:
-            tags = run.data.tags
-            key = RunKey(tags.get(ROLE_TAG, ""), tags.get(NAME_TAG, ""))
-            if key in self._runs:
-                # A request that timed out was carried out after all, after its run had been looked for and made again.
-                self._client.delete_run(run.info.run_id)
-            else:
-                self._runs[key] = _Run(run.info.run_id, run.info.status, tags.get("mlflow.parentRunId"))
-
-    def _find_experiment(self, uri: str, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            return str(self._client.create_experiment(name, artifact_location=artifact_location(uri, name)))
-        if found.lifecycle_stage != "active":
-            raise TrackingError(deleted_experiment(name, found.experiment_id))
-        return str(found.experiment_id)
-
-    def _search(self) -> Iterator[Any]:
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self.experiment_id],
-                filter_string=f"tags.`{SWEEP_TAG}` = '{self._sweep}'",
-                max_results=1000,
-                page_token=token,
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-    def has(self, entered: dict[RunKey, str]) -> bool:
-        """Whether every run that the ledger knows of is still there."""
-        return all(key in self._runs and self._runs[key].id == run for key, run in entered.items())
-
-    def id_of(self, key: RunKey) -> str:
-        """The id of a run that was found or made."""
-        return self._runs[key].id
-
-    def ensure(self, write: RunWrite) -> _Run:
-        """Makes the run that is written to, unless it is there."""
-        if write.key not in self._runs:
-            parent = None if write.key.role == "sweep" else self.id_of(RunKey("sweep"))
-            made = self._client.create_run(
-                self.experiment_id,
-                start_time=write.start_ms,
-                run_name=write.run_name,
-                tags={
-                    SWEEP_TAG: self._sweep,
-                    ROLE_TAG: write.key.role,
-                    NAME_TAG: write.key.name,
-                    "mlflow.source.name": "lora-sweeps",
-                    "mlflow.user": _user(),
-                }
-                | ({} if parent is None else {"mlflow.parentRunId": parent}),
-            )
-            self._runs[write.key] = _Run(made.info.run_id, made.info.status, parent)
-        return self._runs[write.key]
-
-    def write(self, write: RunWrite) -> str | None:
-        """Writes to one run in as few requests as MLflow allows; returns what it refused for good, if anything."""
+    def _write(self, write: RunWrite) -> None:
+        """Writes to one run in as few requests as MLflow allows."""
         from mlflow.entities import Metric, Param, RunTag
 
-        run = self.ensure(write)
-        if write.key.role != "sweep" and run.parent != self.id_of(RunKey("sweep")):
-            run.parent = self.id_of(RunKey("sweep"))
+        assert self._runs is not None
+        client, run = self._runs.client, self._runs.ensure(write)
+        if write.key.role != "sweep" and run.parent != self._runs.id_of(RunKey("sweep")):
+            run.parent = self._runs.id_of(RunKey("sweep"))
             write.tags["mlflow.parentRunId"] = run.parent
         # The client cuts this into requests of the size that MLflow takes.
-        self._client.log_batch(
+        client.log_batch(
             run.id,
             metrics=[Metric(point.key, point.value, point.timestamp_ms, point.step) for point in write.metrics],
             params=[Param(key, value) for key, value in write.params.items()],
@@ -329,31 +233,38 @@ class _Runs:
         )
         if write.status is not None and write.status != run.status:
             if write.status == "RUNNING":
-                self._client.update_run(run.id, status="RUNNING")
+                client.update_run(run.id, status="RUNNING")
             else:
-                self._client.set_terminated(run.id, status=write.status, end_time=write.end_ms)
+                client.set_terminated(run.id, status=write.status, end_time=write.end_ms)
             run.status = write.status
-        return self._write_artifacts(run.id, write)
 
-    def _write_artifacts(self, run: str, write: RunWrite) -> str | None:
+    def _deliver_artifacts(self) -> None:
+        """Gives the parent the files that it has not got.
+
+        A store that is away raises and is tried again. One that refuses leaves `note`, and the parent's tag, by which a
+        resume finds that files are owed.
+        """
+        assert self._runs is not None
+        client, parent = self._runs.client, self._runs.id_of(RunKey("sweep"))
         try:
-            if write.texts:
-                with tempfile.TemporaryDirectory(prefix="lora-sweeps-") as directory:
-                    for name, text in write.texts.items():
-                        (Path(directory) / name).write_text(text, encoding="utf-8")
-                    self._client.log_artifacts(run, directory)
-            for directory in write.directories:
-                self._client.log_artifacts(run, directory, artifact_path="report")
+            with tempfile.TemporaryDirectory(prefix="lora-sweeps-") as directory:
+                for path, artifact in self._owed.items():
+                    if isinstance(artifact, str):
+                        (Path(directory) / path).write_text(artifact, encoding="utf-8")
+                client.log_artifacts(parent, directory)
+            for path, artifact in self._owed.items():
+                if isinstance(artifact, Path):
+                    client.log_artifacts(parent, str(artifact), artifact_path=path)
         except Exception as error:
-            # An artifact store that refuses must not hold up the metrics; one that is away comes back.
             if _is_transient(error):
                 raise
-            note = (
+            self.note = (
                 f"MLflow has no artifacts: its artifact store must be writable from here, and refused: {_words(error)}"
             )
-            self._client.set_tag(run, "lora_sweeps.artifacts", note[:4900])
-            return note
-        return None
+            client.set_tag(parent, ARTIFACTS_TAG, tag(self.note))
+        else:
+            client.set_tag(parent, ARTIFACTS_TAG, ARTIFACTS_DELIVERED)
+            self._owed = {}
 
 
 def _connect(uri: str) -> Any:
@@ -379,13 +290,6 @@ def _words(error: Exception) -> str:
     return hide_passwords(text.splitlines()[0])
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
-
-
 def check_tracking(uri: str, experiment: str | None = None) -> None:
     """Finds out within seconds, and without leaving a trace, whether a tracking URI can be used.
 
@@ -406,7 +310,7 @@ def _ask_client(uri: str, experiment: str, found: str) -> None:
         known = client.get_experiment_by_name(experiment)
     except Exception as error:
         raise TrackingError(
-            f"tracking.uri must name an MLflow server that lets us in; {without_userinfo(uri)} refuses ({found}): "
+            f"tracking.uri must name an MLflow server that lets us in; {shown_address(uri)} refuses ({found}): "
             f"{_words(error)}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; if "
             "it has no login, start it with --allowed-hosts naming the host in this address"
         ) from error

@@ -20,6 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sweeps.errors import TrackingError
+from sweeps.secrecy import hide_passwords as hide_passwords  # still imported from here by others
 
 _PROBE_TIMEOUT_S = 8.0
 
@@ -40,13 +41,13 @@ def absolute_uri(uri: str) -> str:
 def open_command(uri: str) -> str:
     """The command, or for a server the address, that opens MLflow on a tracking URI."""
     if _is_server(uri):
-        return without_userinfo(uri)
+        return shown_address(uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(hide_passwords(absolute_uri(uri)))}"
 
 
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     """The address of a run's page; for a database, where `open_command` serves it."""
-    root = without_userinfo(uri) if _is_server(uri) else "http://127.0.0.1:5000"
+    root = shown_address(uri) if _is_server(uri) else "http://127.0.0.1:5000"
     return f"{root}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
@@ -146,10 +147,13 @@ def _check_database(uri: str) -> None:
     try:
         url = sa.make_url(uri)
         bounded = url.get_driver_name() in ("psycopg", "psycopg2", "pymysql", "mysqldb")
-        engine = sa.create_engine(url, connect_args={"connect_timeout": int(_PROBE_TIMEOUT_S)} if bounded else {})
+        engine = sa.create_engine(
+            url,
+            poolclass=sa.NullPool,  # nothing stays open, whatever happens
+            connect_args={"connect_timeout": int(_PROBE_TIMEOUT_S)} if bounded else {},
+        )
         with engine.connect():
             pass
-        engine.dispose()
     except ModuleNotFoundError as error:
         raise TrackingError(
             f"{required} needs the Python package {error.name}; install it beside lora-sweeps"
@@ -160,10 +164,10 @@ def _check_database(uri: str) -> None:
 
 
 def _check_server(uri: str, experiment: str, ask_client: Callable[[str, str, str], None]) -> None:
-    shown = without_userinfo(uri)
+    shown = shown_address(uri)
     required = "tracking.uri must name an MLflow server that answers and lets us write"
     query = urllib.parse.urlencode({"experiment_name": experiment})
-    address = f"{shown}/api/2.0/mlflow/experiments/get-by-name?{query}"
+    address = f"{_without_userinfo(uri)}/api/2.0/mlflow/experiments/get-by-name?{query}"
     try:
         with urllib.request.urlopen(address, timeout=_PROBE_TIMEOUT_S) as response:
             status, body = response.status, response.read(1_000_000)
@@ -174,9 +178,9 @@ def _check_server(uri: str, experiment: str, ask_client: Callable[[str, str, str
         if "CERTIFICATE" in str(error):
             ask_client(uri, experiment, str(error))
             return
+        cause = hide_passwords(str(getattr(error, "reason", error)))
         raise TrackingError(
-            f"{required}; {shown} does not answer: {getattr(error, 'reason', error)}; start it (`mlflow server`), or "
-            "correct the address"
+            f"{required}; {shown} does not answer: {cause}; start it (`mlflow server`), or correct the address"
         ) from error
     if status in (401, 403):
         ask_client(uri, experiment, f"HTTP {status}")
@@ -216,8 +220,12 @@ def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def without_userinfo(uri: str) -> str:
-    """A server's address without user and password, and without a slash at its end."""
+def shown_address(uri: str) -> str:
+    """A server's address for people: no user, no secret, and no slash at its end."""
+    return _without_userinfo(hide_passwords(uri))
+
+
+def _without_userinfo(uri: str) -> str:
     parts = urllib.parse.urlsplit(uri)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
 
@@ -241,8 +249,3 @@ def deleted_experiment(name: str, experiment_id: str) -> str:
         f"tracking.experiment must be an experiment that can be written; {name!r} is deleted in MLflow; restore it "
         f"with `mlflow experiments restore -x {experiment_id}`, or choose another name"
     )
-
-
-def hide_passwords(text: str) -> str:
-    """The text with `***` for the password in every URL with one."""
-    return re.sub(r"""(\w://[^\s/:@"'<>]*):[^\s"'<>]*@""", r"\1:***@", text)

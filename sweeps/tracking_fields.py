@@ -10,9 +10,9 @@ from sweeps.collapse import Certificate, TwinVerdict
 from sweeps.events import SweepCreated
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
-from sweeps.space import Configuration
+from sweeps.secrecy import hide_passwords
+from sweeps.space import DIMENSIONS, Configuration
 from sweeps.spec import SweepSpec
-from sweeps.tracking_address import hide_passwords
 
 _LONGEST_TAG = 4900
 """Characters; MLflow's servers cut or refuse tags above 5000 or 8000, by version."""
@@ -80,16 +80,18 @@ def twin_tags(certificate: Certificate, twin: TwinVerdict) -> dict[str, str]:
     return tags if twin.first_step is None else tags | {"lora_sweeps.first_step": str(twin.first_step)}
 
 
-def best_tags(best: TrialRecord) -> dict[str, str]:
+def best_tags(best: TrialRecord, reduction: Reduction) -> dict[str, str]:
     """The best trial; tags, because a resumed sweep may find a better one and MLflow refuses to change a param."""
-    configuration = best.configuration
-    return {
-        "lora_sweeps.best_trial": str(best.number),
-        "lora_sweeps.best_rank": str(configuration.rank),
-        "lora_sweeps.best_alpha": str(configuration.alpha),
-        "lora_sweeps.best_lr": str(configuration.lr),
-        "lora_sweeps.best_init_scale": str(configuration.init_scale),
+    at = {name: str(getattr(best.configuration, name)) for name in _shown_dimensions(reduction)}
+    return {"lora_sweeps.best_trial": str(best.number)} | {
+        f"lora_sweeps.best_{name}": value for name, value in at.items()
     }
+
+
+def _shown_dimensions(reduction: Reduction) -> tuple[str, ...]:
+    """What is told of a point: what makes every LoRA run, and whatever else is searched."""
+    shown = {"rank", "alpha", "lr", "init_scale", *reduction.space.searched}
+    return tuple(name for name in DIMENSIONS if name in shown)
 
 
 def description(record: SweepRecord) -> str:
@@ -107,8 +109,8 @@ def description(record: SweepRecord) -> str:
             f"The sweep was {record.ended.state}" + (f": {record.ended.reason}" if record.ended.reason else ".")
         )
     if ranked := record.ranked()[:_SHOWN]:
-        parts.append("\n".join(_table(ranked, spec)))
-    return hide_passwords(tag("\n\n".join(parts)))
+        parts.append("\n".join(_table(ranked, spec, _shown_dimensions(reduction))))
+    return tag("\n\n".join(parts))
 
 
 def _reduction_sentence(reduction: Reduction) -> str:
@@ -122,16 +124,18 @@ def _reduction_sentence(reduction: Reduction) -> str:
     )
 
 
-def _table(ranked: list[TrialRecord], spec: SweepSpec) -> Iterator[str]:
+def _table(ranked: list[TrialRecord], spec: SweepSpec, dimensions: tuple[str, ...]) -> Iterator[str]:
     metric = spec.metric.name
     unit = " (nats)" if metric.endswith("loss") else ""
     with_accuracy = metric != "eval/accuracy" and any("eval/accuracy" in trial.metrics for trial in ranked)
-    columns = ["trial", "rank", "alpha", "lr", "init_scale", metric + unit] + ["eval/accuracy"] * with_accuracy
+    columns = ["trial", *dimensions, metric + unit] + ["eval/accuracy"] * with_accuracy
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---:|" * len(columns)
     for trial in ranked:
         at = trial.configuration
-        cells = [str(trial.number), str(at.rank), f"{at.alpha:g}", f"{at.lr:.3g}", f"{at.init_scale:.3g}"]
+        cells = [str(trial.number)]
+        # Ranks and alphas are exact; the others come from a sampler.
+        cells += [f"{getattr(at, name):{'g' if name in ('rank', 'alpha') else '.3g'}}" for name in dimensions]
         cells += [f"{trial.value:.4g}"] + [f"{trial.metrics.get('eval/accuracy', math.nan):.4g}"] * with_accuracy
         yield f"| {' | '.join(cells)} |"
 
@@ -142,5 +146,6 @@ def metric_key(key: str) -> str:
 
 
 def tag(text: str) -> str:
-    """Text of a length that every MLflow takes as a tag."""
+    """Text as a tag: without secrets, and of a length that every MLflow takes."""
+    text = hide_passwords(text)  # first, because half an address no longer looks like one
     return text if len(text) <= _LONGEST_TAG else text[: _LONGEST_TAG - 2] + " …"

@@ -165,9 +165,9 @@ def test_two_parameter_twins_have_equal_invariants_exactly(law, a, b, settings, 
     assert exact.lr_a(lr_a, c) == exact.lr_a(lr_a / a**power, c / a)
     assert exact.lr_a(lr_a, c) != exact.lr_a(lr_a / a**power * (1 + Fraction(1, 10**9)), c / a)
     assert exact.lr_b(lr_b, c, s_squared) == exact.lr_b(lr_b / b**power, c / a, s_squared * (a * b) ** 2)
-    before = exact.constants_of_both_factors((lr_a, lr_b), eps, wd, c, s_squared)
+    before = exact.constants_of_both_factors(eps, wd, c, s_squared)
     near = wd * (1 + Fraction(1, 10**9))
-    assert before != exact.constants_of_both_factors((lr_a, lr_b), eps, near, c, s_squared)
+    assert before != exact.constants_of_both_factors(eps, near, c, s_squared)
 
 
 @given(rationals, rationals, rationals, rationals, rationals, rationals)
@@ -175,8 +175,8 @@ def test_constants_of_both_factors_move_as_regauge_moves_them(root, lr, eps, wd,
     for law in gauge.LAWS.values():
         twin = rational_twin(law, root, lr, c, eps, wd, Fraction(1), s_squared)
         exact = ExactInvariants(law)
-        before = exact.constants_of_both_factors((lr, lr), eps, wd, c, s_squared)
-        assert before == exact.constants_of_both_factors((twin[0], twin[0]), twin[2], twin[3], twin[1], twin[5])
+        before = exact.constants_of_both_factors(eps, wd, c, s_squared)
+        assert before == exact.constants_of_both_factors(twin[2], twin[3], twin[1], twin[5])
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -254,3 +254,10 @@ def test_scaling_divides_alpha_by_the_rank_or_its_root():
     assert gauge.scaling_of(32, 16, rslora=True) == 8.0
     assert gauge.scaling_squared_of(AlphaRule.parse("8*sqrt(rank)"), 2, rslora=True) == 64
     assert gauge.scaling_squared_of(AlphaRule.parse("rank"), 7) == 1
+
+
+@given(st.sampled_from(["{}", "{}*rank", "{}*sqrt(rank)"]), st.decimals("1e-9", "1e9", places=30))
+def test_different_rules_give_different_alphas_at_rank_one(term, factor):
+    rules = {AlphaRule.parse(term.format(factor)), AlphaRule.parse(term.format(float(factor)))}
+    assert len(rules) == len({rule.at(1) for rule in rules}) == 1
+    assert AlphaRule.parse("1.00000000000000000001*rank") == AlphaRule.parse("rank")

@@ -203,12 +203,14 @@ class Failing:
     def __init__(self, client: Any, n: int, *, carried_out: bool) -> None:
         self._client, self._left, self._carried_out = client, n, carried_out
         self.failed = False
+        self.last_method = ""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._client, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._left -= 1
+            self.last_method = name
             if self._left != 0:
                 return method(*args, **kwargs)
             self.failed = True

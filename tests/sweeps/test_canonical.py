@@ -1,14 +1,17 @@
 import math
 import random
+from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
 import pytest
 
 from lora_core.gauge import AlphaRule
-from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Ordinal
+from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Integer, Ordinal, _rules_by_alpha
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
+from sweeps.spec import Choice
 from tests.sweeps.support import make_spec
 
 SEARCHED = {
@@ -147,15 +150,20 @@ def test_a_constant_init_scale_spans_what_alpha_spanned(ranges):
     assert bounds(ranged, "init_scale") == pytest.approx((1.5, 6), rel=1e-12)
 
 
-def test_a_uniform_range_stays_uniform_unless_it_is_widened():
+def test_a_uniform_range_stays_uniform_when_it_is_widened_too():
     parameters = "rank: 4, lr: {min: 0.1, max: 1, distribution: uniform}, alpha: {values: [8, 32, 128]}"
     assert make_space(parameters).dimensions[0] == Continuous("lr", 0.1, 1, log=False)
-    assert make_space(parameters, reduction="ranges: widen").dimensions[0] == Continuous("lr", 0.05, 2, log=True)
+    assert make_space(parameters, reduction="ranges: widen").dimensions[0] == Continuous("lr", 0.05, 2, log=False)
 
 
-def test_ranks_ascend_and_a_range_of_ranks_is_listed():
+def test_listed_ranks_ascend_and_a_range_of_ranks_keeps_its_distribution():
     assert make_space("rank: {values: [8, 2, 4]}, lr: 1").dimensions == (Ordinal("rank", (2, 4, 8)),)
-    assert make_space("rank: {min: 2, max: 4}, lr: 1").dimensions == (Ordinal("rank", (2, 3, 4)),)
+    ranged = make_space("rank: {min: 2, max: 4}, lr: 1")
+    assert ranged.dimensions == (Integer("rank", 2, 4, log=True),)
+    assert ranged.size == 3
+    assert ranged.trial({"rank": 3})[0].rank == 3
+    uniform = make_space("rank: {min: 2, max: 4, distribution: uniform}, lr: 1")
+    assert uniform.dimensions == (Integer("rank", 2, 4, log=False),)
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------
@@ -191,6 +199,18 @@ def test_alpha_rules_that_stay_are_followed_at_every_rank():
     found = {(rank, value): space.trial({"rank": rank, "alpha": value})[0].alpha for rank in (2, 4)
              for value in alpha.values}  # fmt: skip
     assert found == {(2, 1): 2, (2, 2): 4, (2, 4): 4, (4, 1): 4, (4, 2): 8, (4, 4): 4}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        (AlphaRule(Fraction(1), 2), AlphaRule(1 + Fraction(1, 10**20), 2)),  # different fractions, the same floats
+        tuple(map(AlphaRule.parse, ("1e308", "1e308*rank", "1.1e308*rank"))),  # meet at rank 1, are infinite beyond
+    ],
+)
+def test_alpha_rules_that_meet_at_every_rank_are_named_by_their_places(rules):
+    space = replace(make_space("rank: {values: [2, 4]}, lr: 0.1").reduction.space, alpha=Choice(rules))
+    assert _rules_by_alpha(space) == dict(enumerate(rules))
 
 
 def test_a_range_of_alpha_that_stays_is_a_dimension_like_others():

@@ -117,24 +117,30 @@ def test_no_more_than_eight_twins_and_those_exact_in_binary_among_them():
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "holds"),
+    ("verdicts", "faults"),
     [
-        (["bit-identical"], True),
-        (["bit-identical", "identical up to rounding"], True),
-        (["bit-identical", "different"], False),
+        ([(True, "bit-identical")], ()),
+        ([(True, "bit-identical"), (False, "identical up to rounding")], ()),
+        ([(False, "bit-identical")], ()),
+        ([(True, "bit-identical"), (False, "different")], ("the twin at alpha 16 is different from step 3",)),
+        (
+            [(True, "identical up to rounding"), (False, "identical up to rounding")],
+            ("the twin at alpha 16 is exact in binary and had to be bit-identical, but is identical up to rounding",),
+        ),
     ],
 )
-def test_a_certificate_holds_unless_a_twin_is_different(verdicts, holds):
+def test_a_certificate_holds_if_exact_twins_are_bit_identical_and_no_other_is_different(verdicts, faults):
     twins = tuple(
         TwinVerdict(
             configuration=configuration(4),
-            exact_in_binary=True,
+            exact_in_binary=exact,
             verdict=verdict,
             max_ratio=0.0,
+            first_step=3 if verdict == "different" else None,
             losses=(),
             update_norms={},
         )
-        for verdict in verdicts
+        for exact, verdict in verdicts
     )
     certificate = Certificate(
         class_id="c-0",
@@ -146,5 +152,6 @@ def test_a_certificate_holds_unless_a_twin_is_different(verdicts, holds):
         controls=4,
         twins=twins,
     )
-    assert certificate.holds is holds
+    assert certificate.faults == faults
+    assert certificate.holds is not bool(faults)
     assert Certificate.model_validate_json(certificate.model_dump_json()) == certificate

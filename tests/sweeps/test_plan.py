@@ -52,6 +52,11 @@ def test_a_continuous_space_counts_nothing():
     assert "ranges stand at alpha = 16" in plan["outside"]["explanation"]
 
 
+def test_a_range_of_ranks_is_described_by_its_ends():
+    plan = plan_of("rank: {min: 1, max: 64}, lr: {min: 1e-4, max: 1e-1}")
+    assert plan.space[0] == {"name": "rank", "min": 1, "max": 64, "distribution": "log_uniform"}
+
+
 def test_a_plan_survives_the_round_trip_through_json():
     plan = plan_of(GRID)
     assert Plan.model_validate(plan.model_dump(mode="json")) == plan
@@ -139,9 +144,10 @@ def test_at_least_one_trial_is_trained_to_the_end():
 
 def test_the_time_is_that_of_all_workers_together():
     spec = make_spec(search="trials: 10, pruner: {type: none}", train="steps: 100")
-    plan = make_plan(spec, Reduction.of(spec), workers=2, most_members=64, seconds_per_member_step=0.01)
-    assert plan.seconds == pytest.approx(10 * 100 * 0.01 / 2)
-    assert plan_of().seconds is None
+    plan = make_plan(spec, Reduction.of(spec), workers=2, most_members=64)
+    assert plan.seconds is None
+    assert plan.with_time(0.01).seconds == pytest.approx(10 * 100 * 0.01 / 2)
+    assert plan.with_time(0.01).model_copy(update={"seconds": None}) == plan
 
 
 @pytest.mark.parametrize(
@@ -164,3 +170,10 @@ def test_an_automatic_pack_suits_memory_the_sampler_and_the_workers(search, work
 def test_a_pack_in_the_spec_is_taken_as_it_stands_but_for_the_trials_there_are():
     assert plan_of(compute="pack: 7").pack == 7
     assert plan_of(compute="pack: 100", search="trials: 10").pack == 10
+
+
+def test_a_pack_in_the_spec_that_no_memory_holds_is_refused_with_the_numbers():
+    with pytest.raises(InputError, match=r"compute\.pack: required at most 6 members, .* of 2 workers .*; found 7"):
+        plan_of(compute="pack: 7", most_members=6, workers=2)
+    assert plan_of(compute="pack: 7", most_members=7).pack == 7
+    assert plan_of(compute="pack: 7", search="trials: 6", most_members=6).pack == 6

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_core.gauge import LAWS, Point
+from sweeps.errors import InputError
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from tests.sweeps.support import make_reduction
@@ -364,6 +365,67 @@ def test_a_class_keeps_its_id_in_a_larger_sweep():
         "rank: {values: [4, 8]}, alpha: {values: [1, 4, 16, 64, 256]}, lr: {values: [0.3, 0.1, 0.2]}"
     )
     assert {found.id for found in small.classes} < {found.id for found in large.classes}
+
+
+def id_of(parameters: str, configuration: Configuration, **sections: str) -> str:
+    found = make_reduction(parameters, **sections).class_id(configuration)
+    assert re.fullmatch("c-[0-9a-f]{16}", found)
+    return found
+
+
+@pytest.mark.parametrize("ratio", ["", ", lr_ratio: {min: 1, max: 16}"], ids=["shared", "two-parameter"])
+def test_whatever_decides_the_training_is_in_the_id(ratio):
+    parameters, point = f"{CONTINUOUS}, alpha: 16{ratio}", Configuration(4, 16.0, 0.1, 1.0, weight_decay=0.1)
+    base = id_of(parameters, point)
+    for section in ("optimizer: adam", "optimizer: sgd", "eps: 1e-7", "clip_norm: 1"):
+        assert id_of(parameters, point, train=section) != base
+    assert id_of(parameters, point, lora="rslora: true") != base
+    # The constants are stated at another alpha, so that at alpha 16 they are others.
+    elsewhere = parameters.replace("alpha: 16", "alpha: 64")
+    assert id_of(elsewhere, point) != base
+    assert id_of(elsewhere, point, train="eps: 2e-8") != base
+    # Literally they are not.
+    assert id_of(elsewhere, point, reduction="constants: fixed") == base
+
+
+def test_the_same_training_has_the_same_id_whichever_alpha_it_was_stated_at():
+    point = Configuration(4, 16.0, 0.1, 2.0, weight_decay=0.1)
+    base = id_of(f"{CONTINUOUS}, alpha: 16", point, train="eps: 1e-8, clip_norm: 1")
+    # Four times alpha: eps, weight decay and clip norm twice as large (AdamW), lr and init scale half.
+    twin = Configuration(4, 64.0, 0.05, 1.0, weight_decay=0.2)
+    assert id_of(f"{CONTINUOUS}, alpha: 64", twin, train="eps: 2e-8, clip_norm: 2") == base
+    # At rank 4 rsLoRA's alpha / sqrt(r) is alpha / r of an alpha twice as large.
+    rslora = replace(point, alpha=8.0)
+    assert id_of(f"{CONTINUOUS}, alpha: 8", rslora, train="clip_norm: 1", lora="rslora: true") == base
+    # SGD has no eps, and without weight decay or clip norm nothing depends on where they are stated.
+    plain = replace(point, weight_decay=0.0)
+    sgd = [id_of(f"{CONTINUOUS}, alpha: {alpha}", plain, train="optimizer: sgd") for alpha in (16, 64)]
+    assert sgd[0] == sgd[1]
+
+
+@pytest.mark.parametrize("clip", ["null", "0.5"])
+@pytest.mark.parametrize("ratio", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_across_references_equal_ids_are_equal_training_invariants(optimizer, ratio, clip):
+    by_id: dict[str, list[float]] = {}
+    seen = 0
+    for alpha, eps, c in product(("8", "32", "{values: [8, 32]}"), ("1e-8", "2e-8"), ("1", "{values: [1, 2]}")):
+        parameters = f"rank: 4, lr: {{values: [0.1, 0.2]}}, alpha: {alpha}, init_scale: {c}, weight_decay: 0.1"
+        parameters += ", lr_ratio: {values: [1, 4]}" if ratio else ""
+        reduction = make_reduction(parameters, train=f"optimizer: {optimizer}, eps: {eps}, clip_norm: {clip}")
+        for configuration in reduction.space.configurations():
+            found = invariants(reduction.point(configuration), optimizer)
+            assert by_id.setdefault(reduction.class_id(configuration), found) == pytest.approx(found, rel=1e-12)
+            seen += 1
+    assert len(by_id) < seen
+    distinct = {tuple(f"{x:.9e}" for x in found) for found in by_id.values()}
+    assert len(distinct) == len(by_id)
+
+
+def test_two_classes_of_one_id_are_an_error_and_never_merge_in_silence(monkeypatch):
+    monkeypatch.setattr(Reduction, "_id_of", lambda self, key: "c-" + key[1][:1])
+    with pytest.raises(InputError, match="found two different ones with the same id"):
+        _ = make_reduction("rank: 4, lr: {values: [0.1, 0.2, 0.3]}").classes
 
 
 def test_an_unknown_class_has_no_members():

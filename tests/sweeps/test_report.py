@@ -54,7 +54,7 @@ def certificate(verdict: str) -> Certificate:
     configuration = Configuration(rank=2, alpha=16.0, lr=0.01)
     twin = TwinVerdict(
         configuration=Configuration(rank=2, alpha=64.0, lr=0.005, init_scale=0.5),
-        exact_in_binary=True,
+        exact_in_binary=verdict == "bit-identical",
         verdict=verdict,
         max_ratio=float("inf") if verdict == "different" else 0.0,
         first_step=2 if verdict == "different" else None,

@@ -189,6 +189,12 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"parameters": _parameters("alpha: 1e999999999*rank")}, 4, "parameters.alpha", "a number above 0, or a rule"),
     ({"parameters": _parameters("alpha: true")}, 4, "parameters.alpha", "a number above 0, or a rule"),
     ({"parameters": _parameters("alpha: {values: [r, 1*rank]}")}, 4, "parameters.alpha.values[1]", "each value once"),
+    (
+        {"parameters": _parameters("alpha: {values: [r, 1.00000000000000000001*rank]}")},
+        4,
+        "parameters.alpha.values[1]",
+        "each value once",
+    ),
     # train
     (
         {"train": "{optimizer: radam}"},
@@ -225,7 +231,10 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"search": "{method: grid}"}, 4, "parameters.lr", "values, because search.method is grid; found a range"),
     ({"certify": "{steps: 201}"}, 5, "certify.steps", "at most train.steps, which is 200; found 201"),
     # compute, tracking
-    ({"compute": "{workers: many}"}, 5, "compute.workers", "an integer of at least 1, or auto; found 'many'"),
+    ({"compute": "{workers: many}"}, 5, "compute.workers", "an integer from 1 to 4096, or auto; found 'many'"),
+    ({"compute": "{workers: 4097}"}, 5, "compute.workers", "an integer from 1 to 4096, or auto; found 4097"),
+    ({"compute": "{pack: 1000000000}"}, 5, "compute.pack", "an integer from 1 to 4096, or auto; found 1000000000"),
+    ({"compute": "{pack: 0}"}, 5, "compute.pack", "an integer from 1 to 4096, or auto; found 0"),
     ({"compute": "{gpus_per_worker: -1}"}, 5, "compute.gpus_per_worker", "a number of at least 0, or auto"),
     ({"tracking": "{uri: 'http://u:secret@h'}"}, 5, "tracking.uri", "an address without a password"),
 ]

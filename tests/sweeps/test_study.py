@@ -3,7 +3,7 @@ from itertools import permutations
 
 import pytest
 
-from sweeps.canonical import Continuous, Dimension, Ordinal
+from sweeps.canonical import Continuous, Dimension, Integer, Ordinal
 from sweeps.spec import MedianPruner, NoPruner, SearchSpec, SuccessiveHalving
 from sweeps.study import Study, Suggestion
 
@@ -17,8 +17,11 @@ RUNGS = (4, 8, 16)
 HALVING = SuccessiveHalving(type="successive_halving")
 
 
-def make_study(method="random", pruner=HALVING, goal="minimize", seed=0, dimensions=DIMENSIONS) -> Study:
-    return Study(dimensions, SearchSpec(method=method, pruner=pruner, seed=seed), goal=goal, rungs=RUNGS)
+def make_study(
+    method="random", pruner=HALVING, goal="minimize", seed=0, dimensions=DIMENSIONS, log_scale=False
+) -> Study:
+    search = SearchSpec(method=method, pruner=pruner, seed=seed)
+    return Study(dimensions, search, goal=goal, rungs=RUNGS, log_scale=log_scale)
 
 
 def loss(values: dict[str, float]) -> float:
@@ -134,6 +137,37 @@ def test_gp_learns_where_the_valley_is():
         history.append(loss(suggestion.values))
     assert min(history[12:]) < 0.5 * sum(history[:10]) / 10
     assert sum(history[-6:]) < 0.7 * sum(history[:6])
+
+
+def test_a_range_of_ranks_is_drawn_evenly_in_the_logarithm_or_evenly():
+    for log, share in ((True, 0.5), (False, 7 / 64)):  # of the ranks below 8, up to the rounding to whole numbers
+        study = make_study(dimensions=(Integer("rank", 1, 64, log=log),))
+        drawn = [study.ask().values["rank"] for _ in range(600)]
+        assert set(drawn) <= set(range(1, 65))
+        assert {1, 64} <= set(drawn)
+        assert sum(rank < 8 for rank in drawn) / len(drawn) == pytest.approx(share, abs=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_of_a_range_that_is_known_is_opened_as_it_was(method):
+    dimensions = (Integer("rank", 1, 64, log=True), DIMENSIONS[1])
+    first, again = (make_study(method, dimensions=dimensions) for _ in range(2))
+    for _ in range(12):
+        asked = first.ask()
+        assert isinstance(asked.values["rank"], int)
+        assert again.ask_known(asked.values, by_sampler=True).values == asked.values
+        for study in (first, again):
+            study.tell(asked.number, "finished", asked.values["lr"])
+
+
+def test_a_loss_of_exactly_zero_is_the_best_of_all_to_a_gaussian_process():
+    study = make_study("gp", log_scale=True)
+    losses = (1.0, 1e-6, 0.0, 0.5)
+    for number, value in zip(open_pack(study, len(losses)), losses, strict=True):
+        study.tell(number, "finished", value)
+    told = [trial.value for trial in study._study.trials]
+    assert told == [0.0, math.log(1e-6), math.log(2.0**-52), math.log(0.5)]
+    assert study._study.best_trial.number == 2
 
 
 # -- pruning -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from sweeps.errors import Fault, SpecError
 from sweeps.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, dotted, read_yaml, shown
@@ -26,8 +28,19 @@ _JSON_LIKE = st.recursive(
 )
 
 
+class _Representer(SafeRepresenter):
+    """Quotes text that begins like a key or a value; the parser, unlike YAML 1.2, does not read it plain in `{}`."""
+
+    def represent_str(self, text: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if text[:1] in (":", "?") else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _dumped(value: object, *, flow: bool) -> str:
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = flow
     stream = io.StringIO()
     yaml.dump({"value": value}, stream)
@@ -35,6 +48,8 @@ def _dumped(value: object, *, flow: bool) -> str:
 
 
 @given(_JSON_LIKE, st.booleans())
+@example({":0": None}, True)
+@example({"?a": None}, True)
 def test_a_value_dumped_as_yaml_reads_back_equal(value: object, flow: bool) -> None:
     assert read_yaml(_dumped(value, flow=flow), "f").value == {"value": value}
 
@@ -144,6 +159,12 @@ def test_deep_nesting_exhausts_neither_the_stack_nor_the_clock(opening: str) -> 
     with pytest.raises(SpecError, match="levels of nesting"):
         read_yaml(opening * (MAX_BYTES // len(opening)), "f")
     assert time.monotonic() - start_s < 20
+
+
+def test_a_plain_key_that_begins_with_a_colon_is_refused_in_braces_and_read_elsewhere() -> None:
+    assert read_yaml("a:\n  :0: 1", "f").value == read_yaml("a: {':0': 1}", "f").value == {"a": {":0": 1}}
+    with pytest.raises(SpecError, match="required keys that are text"):
+        read_yaml("a: {:0: 1}", "f")
 
 
 def test_every_path_has_its_line_and_an_unknown_one_that_of_its_parent() -> None:

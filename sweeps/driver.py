@@ -34,11 +34,8 @@ from sweeps.plan import Plan, make_plan, trial_space
 from sweeps.records import SweepRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
+from sweeps.secrecy import MASK, hide_passwords
 from sweeps.spec import SpecDocument, SweepSpec
-from sweeps.tracking_address import hide_passwords
-
-_HIDDEN = ":***@"
-"""What stands in an address in place of a password."""
 
 _DELIVER_S = 60
 """How long the end of a sweep waits for MLflow; what is not delivered by then stays in the ledger."""
@@ -145,7 +142,7 @@ def start(
         created = SweepCreated(
             name=name or spec.name,
             spec=spec.model_dump(mode="json"),
-            spec_text=document.text,
+            spec_text=hide_passwords(document.text),
             source=document.source,
             plan=plan.model_dump(mode="json"),
             tracking_uri=hide_passwords(tracking.absolute_uri(uri)),
@@ -283,7 +280,7 @@ class _Driver:
         except Interrupted as interrupted:
             state, reason = "interrupted", signal.Signals(interrupted.signal).name
         except Exception as error:
-            state, reason, failure = "failed", f"{type(error).__name__}: {error}", error
+            state, reason, failure = "failed", hide_passwords(f"{type(error).__name__}: {error}"), error
         self._clock.lap("certificates" if self._certifying else "trials")
         try:
             self._append([SweepEnded(state=state, reason=reason, seconds=dict(self._clock.seconds))])
@@ -352,7 +349,7 @@ class _Watched:
 def _tracking_uri(record: SweepRecord) -> str:
     """Where the sweep is tracked; the ledger keeps no passwords, so such an address comes from the environment."""
     stored = record.created.tracking_uri
-    if _HIDDEN not in stored:
+    if MASK not in stored:
         return stored
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if hide_passwords(uri) == stored:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from sweeps.errors import StateError, SweepNotFoundError
 from sweeps.events import EVENT, Event, SweepCreated
+from sweeps.secrecy import hide_passwords
 
 _METADATA = sa.MetaData()
 
@@ -88,7 +89,7 @@ class Ledger:
         except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
             raise StateError(
                 "the ledger must be a database that can be written; "
-                f"{_hide_password(url)} cannot: {_first_line(error)}; mend it, or use another state directory"
+                f"{_shown(url)} cannot: {_first_line(error)}; mend it, or use another state directory"
             ) from error
 
     @classmethod
@@ -183,7 +184,7 @@ class Ledger:
             return EVENT.validate_json(payload)
         except ValidationError as error:
             raise StateError(
-                f"the ledger must hold events that this version knows; event {seq} of {_hide_password(self.url)} is "
+                f"the ledger must hold events that this version knows; event {seq} of {_shown(self.url)} is "
                 "none: it is damaged, or was written by another version, which can read it"
             ) from error
 
@@ -194,7 +195,7 @@ class Ledger:
                 yield connection
         except sa.exc.DatabaseError as error:
             raise StateError(
-                f"the ledger must be readable; {_hide_password(self.url)} is not: {_first_line(error)}; "
+                f"the ledger must be readable; {_shown(self.url)} is not: {_first_line(error)}; "
                 "mend the file or the database, or use another state directory"
             ) from error
 
@@ -207,7 +208,7 @@ class Ledger:
             raise
         except sa.exc.DatabaseError as error:
             raise StateError(
-                f"the ledger must be writable; {_hide_password(self.url)} is not: {_first_line(error)}; "
+                f"the ledger must be writable; {_shown(self.url)} is not: {_first_line(error)}; "
                 "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
             ) from error
 
@@ -240,12 +241,12 @@ def _set_sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None
     connection.execute("PRAGMA foreign_keys=ON")
 
 
-def _hide_password(url: str) -> str:
+def _shown(url: str) -> str:
     try:
-        # Without the query, where some drivers take a password too.
-        return sa.make_url(url).set(query={}).render_as_string(hide_password=True)
+        sa.make_url(url)
     except sa.exc.ArgumentError:
-        return "what was given"
+        return "what was given"  # who knows what stands in it
+    return hide_passwords(url)
 
 
 def _first_line(error: Exception) -> str:

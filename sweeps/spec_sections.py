@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from lora_core.gauge import LAWS, WITHOUT_LAW, NoLawError, law_of
+from sweeps.secrecy import has_secret
 from sweeps.spec_faults import ByType, Mistake, Section, did_you_mean, one_of, refusal, refuse
 from sweeps.yaml_text import shown
 
@@ -316,10 +317,10 @@ class TrackingSpec(Section):
     def _holds_no_secret(cls, uri: str | None) -> str | None:
         # The spec is stored in the ledger and in MLflow, where a secret must not appear.
         try:
-            secret = urlsplit(uri or "").password is not None
+            urlsplit(uri or "")
         except ValueError:
             raise refuse("an address", uri) from None
-        if secret:
+        if has_secret(uri or ""):
             way_out = "leave uri out and set MLFLOW_TRACKING_URI in the environment"
             raise refusal([Mistake((), "an address without a password", "one with a password", way_out)])
         return uri

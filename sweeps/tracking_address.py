@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from sweeps.errors import TrackingError
-from sweeps.secrecy import hide_passwords as hide_passwords  # still imported from here by others
+from sweeps.secrecy import hide_passwords
 
 _PROBE_TIMEOUT_S = 8.0
 

@@ -18,6 +18,7 @@ from lora_core.trajectory import Trajectory, compare, record_trajectories
 from sweeps.collapse import CONTROLS, Certificate, TwinVerdict
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult, MemberOrder, MemberResult
 from sweeps.reduction import Reduction
+from sweeps.secrecy import hide_passwords
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
 from sweeps.tasks import Task, load_task
@@ -37,7 +38,7 @@ class JobRunner:
         try:
             return self._run(order)
         except Exception as error:
-            return JobResult(job=order.job, error=_kind(error), detail=traceback.format_exc())
+            return JobResult(job=order.job, error=_kind(error), detail=hide_passwords(traceback.format_exc()))
 
     def _run(self, order: JobOrder) -> JobResult:
         started_s = time.perf_counter()

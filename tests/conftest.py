@@ -13,7 +13,6 @@ from hypothesis import settings
 
 from tests.support import SMALL_SPEC, run_cli
 
-
 # The same examples in every run, whatever is left on the machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("explore", database=None, deadline=None, print_blob=True)

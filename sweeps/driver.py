@@ -60,7 +60,7 @@ class Outcome:
 
     Attributes:
         record: all that the ledger knows of it now.
-        report: directory of the report; None where no trial had finished.
+        report: directory of the report; None where it could not be written before the end.
         delivered: whether MLflow has everything.
         undelivered_reason: why not.
         signal: the signal that interrupted it; None where none did.

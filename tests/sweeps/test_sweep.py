@@ -6,11 +6,17 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
+import socket
 import stat
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,16 @@ from sweeps.ledger import Record
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
 from tests.conftest import FinishedSweep
-from tests.support import SMALL_SPEC, record_of, run_json, start_cli, trajectory_of, wait_for_events
+from tests.support import (
+    SMALL_SPEC,
+    environment,
+    record_of,
+    run_cli,
+    run_json,
+    start_cli,
+    trajectory_of,
+    wait_for_events,
+)
 
 
 def mlflow_runs(cwd: Path) -> list[Any]:
@@ -182,14 +197,58 @@ def listening_addresses(pids: set[int]) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
-def ray_pids(home: Path) -> set[int]:
-    """The processes of the Ray cluster that this state directory's token guards."""
+def pids_with(setting: str) -> set[int]:
+    """The processes that have this in their environment."""
     found = set()
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and f"RAY_AUTH_TOKEN_PATH={home}".encode() in (entry / "environ").read_bytes():
+            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
                 found.add(int(entry.name))
     return found
+
+
+@contextlib.contextmanager
+def ray_head(token: str) -> Iterator[str]:
+    """A Ray cluster of one node that somebody else started, behind a token; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Ray puts sockets below its directory, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
+        words = f"start --head --block --port={port} --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=false"
+        env = environment(RAY_TMPDIR=scratch, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
+        command = [sys.executable, "-m", "ray.scripts.scripts", *words.split()]
+        head = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            assert head.stdout is not None
+            for line in head.stdout:
+                if "Ray runtime started" in line:
+                    break
+            assert head.poll() is None
+            yield f"127.0.0.1:{port}"
+        finally:
+            for pid in pids_with(f"RAY_AUTH_TOKEN={token}") | {head.pid}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            head.wait()
+            head.stdout.close()
+
+
+def test_a_cluster_that_is_there_gives_the_same_sweep_and_lets_nobody_in_without_its_token(
+    finished: FinishedSweep, tmp_path: Path
+):
+    (tmp_path / "small.yaml").write_text(SMALL_SPEC)
+    token = secrets.token_hex(32)
+    with ray_head(token) as address:
+        arguments = ("run", "small.yaml", "--address", address, "--json")
+        env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        done = run_cli(*arguments, cwd=tmp_path, **env)
+        assert done.returncode == 0, done.stderr
+        stranger = run_cli(*arguments, cwd=tmp_path, **(env | {"RAY_AUTH_TOKEN": "0" * 64}))
+    assert trajectory_of(record_of(tmp_path)) == trajectory_of(record_of(finished.cwd))
+    assert stranger.returncode == 2
+    assert "cannot be used" in stranger.stderr
+    assert len(json.loads(run_cli("list", "--json", cwd=tmp_path).stdout)) == 1
 
 
 def test_signals_and_kill_and_resume_lose_nothing_and_change_nothing(finished: FinishedSweep, tmp_path: Path):
@@ -198,7 +257,7 @@ def test_signals_and_kill_and_resume_lose_nothing_and_change_nothing(finished: F
     # Ctrl-C, as a terminal sends it: to the whole process group.
     process = start_cli("run", "small.yaml", cwd=tmp_path)
     wait_for_events(tmp_path, jobs_ended(2), process=process)
-    ray = ray_pids(tmp_path / ".lora-sweeps")
+    ray = pids_with(f"RAY_AUTH_TOKEN_PATH={tmp_path / '.lora-sweeps'}")
     assert len(ray) > 2
     assert listening_addresses(ray) <= {
         "0100007F",

@@ -203,7 +203,9 @@ def _trials_in_words(record: SweepRecord) -> str:
     shown = {state: count for state, count in record.counts().items() if count or state != "waiting"}
     words = ", ".join(f"{count} {state}" for state, count in shown.items())
     duplicates = len(record.trials) - len(record.trained)
-    return f"{len(record.trained)}: {words}" + (f"; {duplicates} repeats not trained again" if duplicates else "")
+    return f"{len(record.trained)}: {words}" + (
+        f"; known points proposed again and not trained: {duplicates}" if duplicates else ""
+    )
 
 
 def _certificate_lines(record: SweepRecord) -> list[str]:

@@ -128,7 +128,10 @@ class Point:
         init_scale: c.
         a: constants of factor A.
         b: constants of factor B.
-        clip_norm: L2 norm over all adapter weights to which the gradient is clipped; None for no clipping.
+        clip_norm: L2 norm over A and B of all layers to which the gradient is clipped; None for no clipping.
+        magnitude: constants of DoRA's magnitude vectors, None without DoRA. A magnitude multiplies the whole weight
+            and not the product B A, so no gauge moves it: it needs an lr of its own and stays outside the clip.
+        dropout: probability with which an element of the adapter's input is dropped.
     """
 
     rank: int
@@ -137,6 +140,8 @@ class Point:
     a: FactorSettings
     b: FactorSettings
     clip_norm: float | None = None
+    magnitude: FactorSettings | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,12 @@
     P       elements of a member's row in the storage
 
     name        shape      meaning
-    params_KP   [K, P]     every adapter weight of the pack, a row a member: A of all layers, then B of all layers
+    params_KP   [K, P]     every adapter weight of the pack, a row a member: A of all layers, then B of all layers,
+                           then, with DoRA, the magnitudes of all layers
     grads_KP    [K, P]     their gradients, in the same places
     a_KRI       [K, R, I]  view of params_KP: factor A of one layer
     b_KRO       [K, R, O]  view of params_KP: factor B of one layer, transposed, so that [k, :r] is contiguous
+    m_KO        [K, O]     view of params_KP: DoRA's magnitudes of one layer (dora.py)
 
 Rows of a_KRI and b_KRO beyond a member's rank are zero; each is the other's only factor in their gradients
 (layer.py), so these stay zero too and the padding is exact.
@@ -34,6 +36,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_core.dora import check_rows
+from lora_core.dropout import PackDropout
 from lora_core.init import Init, Member, initial_a
 from lora_core.layer import BankedLinear
 from lora_core.targets import NoTargetError, find_targets
@@ -45,16 +49,20 @@ __all__ = ["BankedLinear", "Init", "LoraBank", "Member", "NoTargetError", "RankE
 _ALIGNMENT = 32
 
 
+Factor = Literal["lora_A", "lora_B", "magnitude"]
+
+
 class RankError(ValueError):
     """A rank that a layer has no room for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one factor of one layer lies in a member's row of the storage: [R, width] elements from `offset` on."""
+    """Where one factor of one layer lies in a member's row of the storage: [R, width] elements from `offset` on, or
+    [1, width] for magnitudes."""
 
     layer: str
-    factor: Literal["lora_A", "lora_B"]
+    factor: Factor
     width: int
     offset: int
 
@@ -63,13 +71,19 @@ class Slot:
         """`fc1.lora_A`."""
         return f"{self.layer}.{self.factor}"
 
+    def rows(self, rank: int) -> int:
+        """How many rows the factor has at a rank: as many as the rank, one for magnitudes."""
+        return 1 if self.factor == "magnitude" else rank
+
     def of_member(self, row_P: Tensor, rank: int) -> Tensor:
-        """The [r, width] part that belongs to a member of that rank, as a contiguous view."""
-        return row_P[self.offset : self.offset + rank * self.width].view(rank, self.width)
+        """The [rows, width] part that belongs to a member of that rank, as a contiguous view."""
+        rows = self.rows(rank)
+        return row_P[self.offset : self.offset + rows * self.width].view(rows, self.width)
 
     def of_pack(self, stack_KP: Tensor, rank: int) -> Tensor:
-        """The [K, R, width] part, as a view."""
-        return stack_KP[:, self.offset : self.offset + rank * self.width].view(-1, rank, self.width)
+        """The [K, rows, width] part, as a view."""
+        rows = self.rows(rank)
+        return stack_KP[:, self.offset : self.offset + rows * self.width].view(-1, rows, self.width)
 
 
 class LoraBank:
@@ -79,8 +93,10 @@ class LoraBank:
         members: the pack, in order.
         rank: R.
         layers: the adapted layers by name.
-        slots: where each factor of each layer lies; all of A, then all of B.
+        dora: whether the members have magnitudes (all of them or none).
+        slots: where each factor of each layer lies; all of A, then all of B, then all magnitudes.
         split: where B begins in a row of the storage.
+        magnitudes: where the magnitudes begin; the row's length without DoRA.
         params_KP: storage of the weights.
         grads_KP: storage of the gradients.
     """
@@ -90,12 +106,20 @@ class LoraBank:
     ) -> None:
         self.members = tuple(members)
         self.rank = max(member.point.rank for member in members)
-        self.slots, self.split, length = _lay_out(bases, self.rank)
+        self.dora = members[0].point.magnitude is not None
+        self.slots, self.split, self.magnitudes, length = _lay_out(bases, self.rank, dora=self.dora)
         self.params_KP = torch.zeros(len(members), length, dtype=dtype, device=device)
         self.grads_KP = torch.zeros_like(self.params_KP)
+        self._dropout = PackDropout(members)
         s_K = [member.point.scaling for member in members]
         self.layers = {
-            name: BankedLinear(base, self._factors(name, self.params_KP), self._factors(name, self.grads_KP), s_K)
+            name: BankedLinear(
+                base,
+                self._factors(name, self.params_KP),
+                self._factors(name, self.grads_KP),
+                s_K,
+                partial(self._dropout.mask, name),
+            )
             for name, base in bases.items()
         }
         self._undo: list[Callable[[], Any]] = []
@@ -124,10 +148,12 @@ class LoraBank:
         Raises:
             NoTargetError: see `find_targets`.
             RankError: a member's rank exceeds a target layer's width.
-            ValueError: no members, or target layers on different devices.
+            ValueError: no members, some with DoRA and some without, a dropout that is no probability, target layers
+                on different devices, or a row of zeros under DoRA.
         """
         bases = find_targets(model, target_modules)
         _check_ranks(members, bases)
+        _check_dora(members, bases)
         weights = [base.weight for base in bases.values()]
         if device is None and len({weight.device for weight in weights}) > 1:
             raise ValueError("a pack needs all target layers on one device; found them on several")
@@ -151,12 +177,23 @@ class LoraBank:
     ) -> None:
         self.detach()
 
+    @property
+    def batch(self) -> int | None:
+        """The batch that is being trained on, which decides the dropout masks; None, as it begins, for evaluation,
+        which drops nothing. Whoever trains sets it, for the forward and the backward pass of each batch."""
+        return self._dropout.batch
+
+    @batch.setter
+    def batch(self, batch: int | None) -> None:
+        self._dropout.batch = batch
+
     def zero_grad(self) -> None:
         """Zeroes all gradients, in place."""
         self.grads_KP.zero_()
 
     def member_tensors(self, k: int) -> dict[str, nn.Parameter]:
-        """Views of member k: `fc1.lora_A` [r, I] and `fc1.lora_B` [r, O], whose `.grad` are views of `grads_KP`."""
+        """Views of member k: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O] and with DoRA `fc1.magnitude` [1, O], whose
+        `.grad` are views of `grads_KP`."""
         rank = self.members[k].point.rank
         views: dict[str, nn.Parameter] = {}
         for slot in self.slots:
@@ -184,7 +221,8 @@ class LoraBank:
 
     @torch.no_grad()
     def update_norms_KL(self) -> Tensor:
-        """Returns the Frobenius norm of s B A, a row a member and a column a layer, in float64.
+        """Returns the Frobenius norm of s B A, a row a member and a column a layer, in float64; the same under DoRA,
+        whose magnitudes it does not look at.
 
         ||BA||^2 = tr((A A^T) (B^T B)), so two R x R Gram matrices do for an O x I product. A gauge of powers of two
         moves every number here by a power of two, so it leaves the result as it is, bit for bit.
@@ -199,17 +237,21 @@ class LoraBank:
 
     @torch.no_grad()
     def merge(self, k: int) -> dict[str, Tensor]:
-        """Returns W + s B A [O, I] for each layer, in the base weight's dtype."""
+        """Returns W + s B A [O, I] for each layer, its rows brought to their magnitudes under DoRA, in the base
+        weight's dtype."""
         adapter, merged = self.adapter(k), {}
         for name, layer in self.layers.items():
             delta_OI = self.members[k].point.scaling * (adapter[f"{name}.lora_B"].mT @ adapter[f"{name}.lora_A"])
-            merged[name] = (layer.base.weight + delta_OI).to(layer.base.weight.dtype)
+            merged_OI = layer.base.weight + delta_OI
+            if self.dora:
+                norms_O1 = torch.linalg.vector_norm(merged_OI, dim=1, keepdim=True)
+                merged_OI = adapter[f"{name}.magnitude"].mT / norms_O1 * merged_OI
+            merged[name] = merged_OI.to(layer.base.weight.dtype)
         return merged
 
-    def _factors(self, layer: str, stack_KP: Tensor) -> tuple[Tensor, Tensor]:
-        """The [K, R, I] and [K, R, O] parts of a stack that belong to a layer."""
-        a, b = (slot.of_pack(stack_KP, self.rank) for slot in self.slots if slot.layer == layer)
-        return a, b
+    def _factors(self, layer: str, stack_KP: Tensor) -> tuple[Tensor, ...]:
+        """The [K, R, I] and [K, R, O] parts of a stack that belong to a layer, and its [K, 1, O] part with DoRA."""
+        return tuple(slot.of_pack(stack_KP, self.rank) for slot in self.slots if slot.layer == layer)
 
     @torch.no_grad()
     def _initialise(self, init: Init) -> None:
@@ -218,6 +260,9 @@ class LoraBank:
                 if slot.factor == "lora_A":
                     a_RI = initial_a(init, member, slot.layer, slot.width, self.params_KP.dtype)
                     slot.of_member(self.params_KP[k], member.point.rank).copy_(a_RI)
+        for layer in self.layers.values():
+            if layer.m_KO is not None:
+                layer.m_KO.copy_(layer.row_norms_KO())
 
     def _install(self, model: nn.Module, bases: dict[str, nn.Linear]) -> None:
         for parameter in model.parameters():
@@ -244,13 +289,30 @@ def _check_ranks(members: Sequence[Member], bases: dict[str, nn.Linear]) -> None
                 )
 
 
-def _lay_out(bases: dict[str, nn.Linear], rank: int) -> tuple[tuple[Slot, ...], int, int]:
-    """Returns the slots of a row, where B begins in it, and its length."""
+def _check_dora(members: Sequence[Member], bases: dict[str, nn.Linear]) -> None:
+    having = [k for k, member in enumerate(members) if member.point.magnitude is not None]
+    if having and len(having) < len(members):
+        lacking = [k for k in range(len(members)) if k not in having]
+        raise ValueError(
+            f"a pack's members must have DoRA all or none; found members {having} with it and {lacking} without: "
+            "train them in a pack each"
+        )
+    if having:
+        check_rows(bases)
+
+
+def _lay_out(bases: dict[str, nn.Linear], rank: int, *, dora: bool) -> tuple[tuple[Slot, ...], int, int, int]:
+    """Returns the slots of a row, where B and the magnitudes begin in it, and its length."""
     slots: list[Slot] = []
-    offset = split = 0
-    for factor in ("lora_A", "lora_B"):
-        split = offset
+    starts: list[int] = []
+    offset = 0
+    factors: tuple[Factor, ...] = ("lora_A", "lora_B", "magnitude")
+    for factor in factors:
+        starts.append(offset)
+        if factor == "magnitude" and not dora:
+            continue
         for name, base in bases.items():
-            slots.append(Slot(name, factor, base.in_features if factor == "lora_A" else base.out_features, offset))
-            offset += math.ceil(rank * slots[-1].width / _ALIGNMENT) * _ALIGNMENT
-    return tuple(slots), split, offset
+            slot = Slot(name, factor, base.in_features if factor == "lora_A" else base.out_features, offset)
+            slots.append(slot)
+            offset += math.ceil(slot.rows(rank) * slot.width / _ALIGNMENT) * _ALIGNMENT
+    return tuple(slots), starts[1], starts[2], offset

@@ -173,6 +173,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+_PEFT_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,12 @@ class PeftAdapter:
     alpha: float
     target_modules: tuple[str, ...] | str
     use_rslora: bool
+    dropout: float = 0.0
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether it has magnitudes."""
+        return _has_magnitudes(self.tensors)
 
 
 def export_peft_adapter(
@@ -194,17 +201,20 @@ def export_peft_adapter(
     alpha: float,
     target_modules: Sequence[str] | str,
     use_rslora: bool,
+    dropout: float = 0.0,
     base_model: str | None = None,
 ) -> None:
-    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads.
+    """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads: DoRA where the tensors have magnitudes.
 
     Args:
         directory: made if it is not there.
-        tensors: as `LoraBank.adapter` returns them: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O].
+        tensors: as `LoraBank.adapter` returns them: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O], `fc1.magnitude`
+            [1, O].
         rank: r.
         alpha: in the gauge that the tensors are in.
         target_modules: as the spec has them.
         use_rslora: whether alpha is divided by sqrt(r) instead of r.
+        dropout: that it was trained with, for whoever trains it on; it changes no output.
         base_model: name or path that PEFT should load the base model from, if it has one.
     """
     config = {
@@ -216,26 +226,24 @@ def export_peft_adapter(
         "use_rslora": use_rslora,
         "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
         "init_lora_weights": True,
-        "lora_dropout": 0.0,
+        "use_dora": _has_magnitudes(tensors),
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    weights = {}
-    for name, value in tensors.items():
-        layer, _, factor = name.rpartition(".")
-        weights[f"{_PEFT_PREFIX}{layer}.{factor}.weight"] = value.mT if factor == "lora_B" else value
+    weights = dict(_to_peft(name, value) for name, value in tensors.items())
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / _PEFT_WEIGHTS, _serialise(weights))
     write_atomically(directory / _PEFT_CONFIG, json.dumps(config, indent=2).encode())
 
 
 def import_peft_adapter(directory: Path) -> PeftAdapter:
-    """Reads a plain LoRA adapter folder as PEFT writes it.
+    """Reads a LoRA or DoRA adapter folder as PEFT writes it.
 
     Raises:
-        CheckpointError: a file is missing or broken, or the adapter is more than plain LoRA of one rank (DoRA, biases,
-            per-layer ranks, other trained modules).
+        CheckpointError: a file is missing or broken, or the adapter is more than LoRA or DoRA of one rank (biases,
+            per-layer ranks, other trained modules), or has not what its config says.
     """
     try:
         config = json.loads((directory / _PEFT_CONFIG).read_bytes())
@@ -245,18 +253,19 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
         raise CheckpointError(f"{directory} has no {missing}: save the adapter with safe_serialization=True") from None
     except (ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the adapter in {directory} cannot be read ({error}): save it again") from None
-    beyond = [key for key in ("rank_pattern", "alpha_pattern", "use_dora") if config.get(key)]
+    beyond = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or beyond:
         found = ", ".join(beyond) or config.get("peft_type")
         raise CheckpointError(
-            f"{directory} must hold plain LoRA of one rank and alpha; found {found} in {_PEFT_CONFIG}"
+            f"{directory} must hold LoRA or DoRA of one rank and alpha; found {found} in {_PEFT_CONFIG}"
         )
-    tensors = {}
-    for name, value in weights.items():
-        layer, _, factor = name.removeprefix(_PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B") or value.dim() != 2:
-            raise CheckpointError(f"{directory} must hold nothing but lora_A and lora_B matrices; found {name!r}")
-        tensors[f"{layer}.{factor}"] = (value.mT if factor == "lora_B" else value).contiguous()
+    factors = ("lora_A", "lora_B", "magnitude") if config.get("use_dora") else ("lora_A", "lora_B")
+    tensors = dict(_from_peft(directory, name, value, factors) for name, value in weights.items())
+    layers = {key.rpartition(".")[0] for key in tensors}
+    if absent := sorted({f"{layer}.{factor}" for layer in layers for factor in factors} - tensors.keys()):
+        raise CheckpointError(
+            f"{directory} must hold {', '.join(factors)} of every layer; found no {', '.join(absent)}: save it again"
+        )
     targets = config["target_modules"]
     return PeftAdapter(
         tensors,
@@ -264,4 +273,29 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
         alpha=float(config["lora_alpha"]),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
         use_rslora=bool(config.get("use_rslora", False)),
+        dropout=float(config.get("lora_dropout", 0.0)),
     )
+
+
+def _has_magnitudes(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.endswith(".magnitude") for name in tensors)
+
+
+def _to_peft(name: str, value: Tensor) -> tuple[str, Tensor]:
+    """A tensor of `LoraBank.adapter` as PEFT names and shapes it: B [O, r], magnitudes [O] and no `.weight` to them."""
+    layer, _, factor = name.rpartition(".")
+    if factor == "magnitude":
+        return f"{_PEFT_PREFIX}{layer}.{_PEFT_MAGNITUDE}", value[0]
+    return f"{_PEFT_PREFIX}{layer}.{factor}.weight", value.mT if factor == "lora_B" else value
+
+
+def _from_peft(directory: Path, name: str, value: Tensor, factors: Sequence[str]) -> tuple[str, Tensor]:
+    """The way back, for a tensor that must be one of `factors`."""
+    layer, _, factor = name.removeprefix(_PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+    factor = "magnitude" if factor == _PEFT_MAGNITUDE else factor
+    if factor not in factors or value.dim() != (1 if factor == "magnitude" else 2):
+        kinds = "lora_A and lora_B matrices" + (f" and {_PEFT_MAGNITUDE}s" if "magnitude" in factors else "")
+        raise CheckpointError(f"{directory} must hold nothing but {kinds}; found {name!r}")
+    if factor == "magnitude":
+        return f"{layer}.magnitude", value[None].contiguous()
+    return f"{layer}.{factor}", (value.mT if factor == "lora_B" else value).contiguous()

@@ -34,9 +34,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-# Tensors of a weight's size that an optimizer keeps for it.
-_STATES = {"sgd": 0, "sgd+momentum": 1, "adam": 2, "adamw": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -141,7 +138,7 @@ def member_bytes(
     *,
     rank: int,
     rows: int,
-    optimizer: str,
+    optimizer_states: int,
     adapter_itemsize: int = 4,
     activation_itemsize: int = 4,
 ) -> MemberBytes:
@@ -151,15 +148,10 @@ def member_bytes(
         layers: the model.
         rank: R.
         rows: M.
-        optimizer: `sgd`, `sgd+momentum`, `adam` or `adamw`.
+        optimizer_states: tensors of a weight's size that the optimizer keeps for it (`OptimizerLaw.states_with`).
         adapter_itemsize: bytes of an adapter weight, and of what the adapters' own path keeps.
         activation_itemsize: bytes of an activation of the base model.
-
-    Raises:
-        ValueError: another optimizer.
     """
-    if optimizer not in _STATES:
-        raise ValueError(f"optimizer must be one of {', '.join(_STATES)}; found {optimizer!r}")
     adapted = [layer for layer in layers if layer.adapted]
     weights = sum(rank * (layer.d_in + layer.d_out) for layer in adapted) * adapter_itemsize
     kept_by_adapters = sum(layer.d_in + rank for layer in adapted) * adapter_itemsize
@@ -168,7 +160,7 @@ def member_bytes(
     return MemberBytes(
         weights=weights,
         gradients=weights,
-        optimizer=_STATES[optimizer] * weights,
+        optimizer=optimizer_states * weights,
         activations=rows * (kept_by_adapters + kept_by_base),
         transient=2 * rows * widest * activation_itemsize,
     )

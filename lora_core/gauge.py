@@ -18,6 +18,8 @@ Training is unchanged step by step when the optimizer's constants absorb that:
     L2 weight decay               wd a**2,          wd b**2
     gradient clip norm            clip a, only where a == b
 
+    other absolute constants      each by its own power (laws.py)
+
 When a and b are powers of two every one of these factors is exact in binary floating point, and so the two runs are the
 same bit for bit.
 
@@ -31,91 +33,52 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Protocol
 
-Decay = Literal["l2", "decoupled"]
+from lora_core.laws import LAWS, WITHOUT_LAW, Constant, NoLawError, OptimizerLaw, law_of  # noqa: F401
 
 VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
 """What a comparison of two twins that were really trained finds; `trajectory.py` says how."""
 
 
-class NoLawError(ValueError):
-    """An optimizer for which no equivalence between values of alpha is known; the message gives the reason."""
+class Powers(Protocol):
+    """How an optimizer's constants move: a factor f on A or B multiplies each by f**power (`laws.OptimizerLaw`)."""
 
+    @property
+    def lr_power(self) -> int:
+        """Of lr."""
 
-@dataclass(frozen=True, slots=True)
-class OptimizerLaw:
-    """What the law needs to know of one optimizer.
+    @property
+    def decay_power(self) -> int:
+        """Of weight decay."""
 
-    Attributes:
-        name: the optimizer's name in a spec.
-        degree: p, the degree of its update in the gradient.
-        decay: how weight decay enters: added to the gradient (`l2`) or applied beside it (`decoupled`).
-        has_eps: whether a constant is added to the gradient's magnitude before dividing by it.
-    """
-
-    name: str
-    degree: int
-    decay: Decay
-    has_eps: bool
-
-    def describe(self) -> str:
-        """One line: what "alpha x k" is the same as, with one learning rate for A and B."""
-        sqrt, linear = "sqrt(k)", "k"
-        parts = [
-            f"lr / {linear if self.degree == 1 else sqrt}",
-            f"init_scale / {sqrt}",
-        ]
-        if self.has_eps:
-            parts.append(f"eps x {sqrt}")
-        decoupled = self.decay == "decoupled" and self.degree == 0
-        parts.append(f"weight_decay x {sqrt if decoupled else linear}")
-        parts.append(f"clip_norm x {sqrt}")
-        return f"{self.name}: alpha x k is the same training run as " + ", ".join(parts)
-
-
-LAWS: dict[str, OptimizerLaw] = {
-    law.name: law
-    for law in (
-        OptimizerLaw("sgd", degree=1, decay="l2", has_eps=False),
-        OptimizerLaw("adam", degree=0, decay="l2", has_eps=True),
-        OptimizerLaw("adamw", degree=0, decay="decoupled", has_eps=True),
-    )
-}
-
-WITHOUT_LAW: dict[str, str] = {
-    "radam": "its warm-up phase takes steps of degree 1 in the gradient and its later phase of degree 0, so no one "
-    "power of k compensates alpha",
-    "adadelta": "its absolute eps sets the size of the first steps, so lr and init scale cannot compensate alpha",
-    "adafactor": "its steps are relative to the weights' own size with an absolute floor, so lr and init scale cannot "
-    "compensate alpha",
-}
-
-
-def law_of(optimizer: str) -> OptimizerLaw:
-    """Returns the law of an optimizer.
-
-    Raises:
-        NoLawError: the optimizer has no law (the reason is named), or is not known.
-    """
-    if optimizer in LAWS:
-        return LAWS[optimizer]
-    if optimizer in WITHOUT_LAW:
-        raise NoLawError(
-            f"{optimizer} has no alpha equivalence: {WITHOUT_LAW[optimizer]}; use one of {', '.join(LAWS)}"
-        )
-    raise NoLawError(f"no law is known for the optimizer {optimizer!r}; use one of {', '.join(LAWS)}")
+    @property
+    def powers(self) -> Mapping[str, int]:
+        """Of the other absolute constants, by keyword."""
 
 
 @dataclass(frozen=True, slots=True)
 class FactorSettings:
-    """The optimizer's constants for one adapter factor (A or B); `eps` is unused where the optimizer has none."""
+    """The optimizer's constants for one adapter factor (A or B).
+
+    Attributes:
+        lr: learning rate.
+        weight_decay: of the kind that the optimizer has.
+        constants: all of the optimizer's absolute constants, by keyword; what it does not have is never read.
+    """
 
     lr: float
-    eps: float
-    weight_decay: float
+    weight_decay: float = 0.0
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+
+    @property
+    def eps(self) -> float | None:
+        """The constant of that name, None where there is none."""
+        value = self.constants.get("eps")
+        return value if isinstance(value, float) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +134,7 @@ class Gauge:
         return all(math.frexp(factor)[0] == 0.5 for factor in (self.a, self.b))
 
 
-def regauge(point: Point, gauge: Gauge, law: OptimizerLaw) -> Point:
+def regauge(point: Point, gauge: Gauge, law: Powers) -> Point:
     """Returns the twin of `point` in another gauge: another alpha, the same training run.
 
     Raises:
@@ -193,13 +156,25 @@ def regauge(point: Point, gauge: Gauge, law: OptimizerLaw) -> Point:
     )
 
 
-def _regauge_factor(settings: FactorSettings, factor: float, law: OptimizerLaw) -> FactorSettings:
-    step = factor ** (1 + law.degree)
+def _regauge_factor(settings: FactorSettings, factor: float, law: Powers) -> FactorSettings:
+    powers = law.powers
     return FactorSettings(
-        lr=settings.lr / step,
-        eps=settings.eps * factor if law.has_eps else settings.eps,
-        weight_decay=settings.weight_decay * (step if law.decay == "decoupled" else factor**2),
+        lr=_moved(settings.lr, factor, law.lr_power),
+        weight_decay=_moved(settings.weight_decay, factor, law.decay_power),
+        constants={name: moved(value, factor, powers.get(name, 0)) for name, value in settings.constants.items()},
     )
+
+
+def moved(constant: Constant, factor: float, power: int) -> Constant:
+    """Returns constant x factor**power."""
+    if isinstance(constant, tuple):
+        return tuple(_moved(value, factor, power) for value in constant)
+    return _moved(constant, factor, power)
+
+
+def _moved(value: float, factor: float, power: int) -> float:
+    # Divided rather than multiplied by an inverse, which would be rounded once more.
+    return float(value * factor**power if power >= 0 else value / factor**-power)
 
 
 def gauge_to(point: Point, scaling: float, init_scale: float | None = None) -> Gauge:
@@ -215,7 +190,7 @@ def gauge_to(point: Point, scaling: float, init_scale: float | None = None) -> G
     return Gauge(a, k / a)
 
 
-def canonical(point: Point, law: OptimizerLaw, *, scaling: float, init_scale: float | None = None) -> Point:
+def canonical(point: Point, law: Powers, *, scaling: float, init_scale: float | None = None) -> Point:
     """Returns the member of a point's class that has the reference scaling (and init scale).
 
     `lift` is the same motion to an arbitrary alpha, so each undoes the other: exactly where the factors are powers of
@@ -227,7 +202,7 @@ def canonical(point: Point, law: OptimizerLaw, *, scaling: float, init_scale: fl
 lift = canonical
 
 
-def default_init(point: Point, law: OptimizerLaw) -> Point:
+def default_init(point: Point, law: Powers) -> Point:
     """Returns the twin whose init scale is 1: it runs in a trainer that knows nothing of init scales."""
     return replace(regauge(point, Gauge(point.init_scale, point.init_scale), law), init_scale=1.0)
 
@@ -240,57 +215,31 @@ def exact(value: float | int | str) -> Fraction:
     return Fraction(str(value))
 
 
-@dataclass(frozen=True, slots=True)
-class ExactInvariants:
-    """What a gauge cannot change, as exact rationals; equal invariants and equal rank mean twins.
+# What a gauge cannot change, as exact rationals: equal invariants and equal rank mean twins. Each is the square of the
+# textbook invariant (lr**2 s, c**2 s and so on), because the square of rsLoRA's scaling alpha / sqrt(r) is rational
+# where the scaling is not. Every quantity is positive, so squaring loses nothing.
 
-    Every entry is the square of the textbook invariant (lr**2 s, c**2 s and so on), because the square of rsLoRA's
-    scaling alpha / sqrt(r) is rational where the scaling is not. All quantities are positive, so squaring loses
-    nothing.
+
+def shared_invariant(value: Fraction, power: int, scaling_squared: Fraction) -> Fraction:
+    """Returns (value**2 / s**power)**2, or its root where the power is even: the same in every gauge with a == b.
+
+    Args:
+        value: a constant that becomes value x a**power: lr, weight decay, eps, clip norm (1), init scale (-1).
+        power: that power.
+        scaling_squared: s**2, which becomes s**2 a**4.
     """
+    root = 2 if power % 2 == 0 else 4
+    return Fraction(value**root / scaling_squared ** (power * root // 4))
 
-    law: OptimizerLaw
 
-    def lr(self, lr: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(lr**(2 / (1+p)) s)**2, with one learning rate for both factors."""
-        return Fraction(lr ** (4 // (1 + self.law.degree))) * scaling_squared
+def invariant_of_a(value: Fraction, power: int, init_scale: Fraction) -> Fraction:
+    """Returns (value c**power)**2, for a constant of A in the two-parameter gauge, where c becomes c / a."""
+    return Fraction(value**2 * init_scale ** (2 * power))
 
-    def init_scale(self, init_scale: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(c**2 s)**2."""
-        return Fraction(init_scale**4) * scaling_squared
 
-    def eps(self, eps: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(eps**2 / s)**2; an optimizer without eps gives 0."""
-        return Fraction(eps**4) / scaling_squared if self.law.has_eps else Fraction(0)
-
-    def clip_norm(self, clip_norm: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(clip**2 / s)**2."""
-        return Fraction(clip_norm**4) / scaling_squared
-
-    def weight_decay(self, weight_decay: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(wd / s)**2 for L2, (wd**(2 / (1+p)) / s)**2 for decoupled decay."""
-        power = 2 if self.law.decay == "l2" else 4 // (1 + self.law.degree)
-        return Fraction(weight_decay**power) / scaling_squared
-
-    def lr_a(self, lr: Fraction, init_scale: Fraction) -> Fraction:
-        """(lr_A / c**(1+p))**2, for the two-parameter gauge."""
-        return Fraction((lr / init_scale ** (1 + self.law.degree)) ** 2)
-
-    def lr_b(self, lr: Fraction, init_scale: Fraction, scaling_squared: Fraction) -> Fraction:
-        """(lr_B (c s)**(1+p))**2, for the two-parameter gauge."""
-        return Fraction(lr**2 * (init_scale**2 * scaling_squared) ** (1 + self.law.degree))
-
-    def constants_of_both_factors(
-        self, eps: Fraction, weight_decay: Fraction, init_scale: Fraction, scaling_squared: Fraction
-    ) -> tuple[Fraction, ...]:
-        """Squares of eps_A c, eps_B / (c s), wd_A c**q and wd_B / (c s)**q, for the two-parameter gauge.
-
-        q is 2 for L2 decay and 1 + p for decoupled decay, as in the law.
-        """
-        q = 2 if self.law.decay == "l2" else 1 + self.law.degree
-        c_squared, cs_squared = init_scale**2, init_scale**2 * scaling_squared
-        eps_pair = (eps**2 * c_squared, eps**2 / cs_squared) if self.law.has_eps else ()
-        return (*eps_pair, weight_decay**2 * c_squared**q, weight_decay**2 / cs_squared**q)
+def invariant_of_b(value: Fraction, power: int, init_scale: Fraction, scaling_squared: Fraction) -> Fraction:
+    """Returns (value / (c s)**power)**2, for a constant of B in the two-parameter gauge, where c s becomes b c s."""
+    return Fraction(value**2 / (init_scale**2 * scaling_squared) ** power)
 
 
 # -- alpha as people write it ------------------------------------------------------------------------------------------

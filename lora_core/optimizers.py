@@ -3,10 +3,13 @@
     suffix  meaning
     K       members of the pack, k one of them
     P       elements of a member's row in the bank's storage
+    R       a member's rank
+    I, O    a layer's input and output width
 
-The optimizers here work element by element, so they need not know where one layer ends and the next begins: each
-member's row goes to torch.optim as one tensor (two, A and B, where their settings differ), one parameter group each.
-Its padding has gradient 0 and stays 0.
+An optimizer that works element by element need not know where one layer ends and the next begins: each member's row
+goes to torch.optim as one tensor, its padding with gradient 0, or as several, where A, B and DoRA's magnitudes have
+settings of their own. One that works on whole matrices (Muon) gets each layer's A [R, I] and B [O, R], as a stock
+trainer would give them. Each tensor has a parameter group of its own.
 
 The clip is min(1, clip / norm) with nothing added to the norm: torch.nn.utils adds 1e-6, an absolute constant that no
 gauge scales, so it would break the law.
@@ -15,14 +18,19 @@ gauge scales, so it would break the law.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_core import gauge
 from lora_core.adapter import LoraBank, Slot
+from lora_core.gauge import FactorSettings, Point
+from lora_core.laws import law_of
+
+Kernel = Literal["fused", "foreach", "loop"]
+"""How torch runs through the parameters: one kernel for all, one operation for all, or one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,37 +38,99 @@ class OptimizerConfig:
     """The kind of optimizer: what all members of a pack share.
 
     Attributes:
-        name: one of `gauge.LAWS`.
-        betas: decay rates of Adam's and AdamW's moments.
-        momentum: of SGD.
+        name: one of `laws.LAWS`.
+        options: settings that no gauge moves, by torch's keyword; those left out have torch's defaults.
+        kernel: None takes the fused one where torch has it, else torch's own choice.
 
     Raises:
         NoLawError: the name has no law.
-        ValueError: momentum for an optimizer that has none.
+        ValueError: options that this optimizer does not have or take.
     """
 
     name: str
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
-        gauge.law_of(self.name)
-        if self.momentum and self.name != "sgd":
-            raise ValueError(f"momentum belongs to sgd; found momentum={self.momentum!r} for {self.name}: use betas")
+        law_of(self.name).settings(self.options)
+
+    @property
+    def matrices(self) -> bool:
+        """Whether it works on whole matrices; else element by element."""
+        return law_of(self.name).matrices
+
+    @property
+    def constants_at_construction(self) -> frozenset[str]:
+        """Constants that torch reads when the optimizer is made, so that members who differ in them need one each."""
+        return frozenset(name for name, constant in law_of(self.name).absolute.items() if constant.at_construction)
+
+    def group(self, settings: FactorSettings) -> dict[str, Any]:
+        """What a parameter group holds of a factor's settings.
+
+        Raises:
+            ValueError: one of the optimizer's constants is missing, or it has no weight decay and one is asked for.
+        """
+        law = law_of(self.name)
+        if missing := law.absolute.keys() - settings.constants.keys():
+            raise ValueError(
+                f"{self.name} needs the constants {', '.join(law.absolute)}; found no {', '.join(missing)}"
+            )
+        group: dict[str, Any] = {"lr": settings.lr} | {name: settings.constants[name] for name in law.absolute}
+        if law.decay is not None:
+            group["weight_decay"] = settings.weight_decay
+        elif settings.weight_decay:
+            raise ValueError(
+                f"{self.name} has no weight decay; found weight_decay={settings.weight_decay!r}: set it to 0"
+            )
+        return group
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Makes the torch optimizer.
+
+        Raises:
+            ValueError: options with which torch is wrong in the weights' number format.
+        """
+        law, settings = law_of(self.name), law_of(self.name).settings(self.options)
+        half = groups[0]["params"][0].dtype.itemsize < 4
+        if half:
+            law.check_half_precision(settings)
+        kernel = self.kernel or ("fused" if law.fused is True or (law.fused and not half) else None)
+        how: dict[str, Any] = {"fused": True} if kernel == "fused" else {}
+        if kernel in ("foreach", "loop") and not law.matrices:  # matrices are always taken one by one
+            how = {"foreach": kernel == "foreach"} | ({"fused": False} if law.fused else {})
+        at_construction = {name: groups[0][name] for name in self.constants_at_construction}
+        make: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, law.kind)
+        return make(groups, **settings, **law.fixed, **at_construction, **how)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Part:
-    """A stretch of member k's row that shares its settings: what one parameter group holds."""
+    """What one parameter group holds: weights of member k that share their settings.
+
+    Attributes:
+        k: the member.
+        param: a view of its weights: a stretch of its row, or one matrix.
+        slots: the factors in it.
+        start: where in the row the stretch begins; None for a matrix.
+        group: its parameter group.
+    """
 
     k: int
     param: nn.Parameter
-    start: int
     slots: tuple[Slot, ...]
+    start: int | None
+    group: dict[str, Any]
+
+    def cut(self, like_param: Tensor, slot: Slot, rank: int) -> Tensor:
+        """The part of a tensor of the parameter's shape that belongs to a slot, [r, width], as a view."""
+        if self.start is None:
+            return like_param.mT if slot.factor == "lora_B" else like_param
+        counted_from_start = Slot(slot.layer, slot.factor, slot.width, slot.offset - self.start)
+        return counted_from_start.of_member(like_param, rank)
 
 
 class PackOptimizer:
-    """One stock optimizer over the members of a bank, each with its own settings, clip and life.
+    """Stock optimizers over the members of a bank, each with its own settings, clip and life.
 
     Attributes:
         bank: what it trains.
@@ -71,20 +141,18 @@ class PackOptimizer:
         """Takes every member's settings from its point.
 
         Raises:
-            ValueError: a clip norm that is not positive, or settings that torch.optim refuses.
+            ValueError: a clip norm that is not positive, or settings that the optimizer does not have or take.
         """
         self.bank = bank
         self.config = config
         self._frozen: set[int] = set()
-        has_eps = gauge.law_of(config.name).has_eps
-        self._parts: list[_Part] = []
-        groups: list[dict[str, object]] = []
-        for part, settings in _parts(bank):
-            self._parts.append(part)
-            group = {"params": [part.param], "lr": settings.lr, "weight_decay": settings.weight_decay}
-            groups.append(group | ({"eps": settings.eps} if has_eps else {}))
-        self._lrs = [float(str(group["lr"])) for group in groups]
-        self._optimizer = _build(config, groups)
+        self._parts = [
+            _Part(k, param, slots, start, config.group(settings) | {"params": [param]})
+            for k, param, slots, start, settings in _views(bank, matrices=config.matrices)
+        ]
+        self._lrs = [part.group["lr"] for part in self._parts]
+        self._optimizer_of = _build(config, self._parts)
+        self._optimizers = list({id(each): each for each in self._optimizer_of}.values())
         self._clip_K = _clip_norms(bank)
 
     @property
@@ -103,19 +171,22 @@ class PackOptimizer:
     def clip(self) -> Tensor:
         """Clips each member's gradient to its own norm and returns the norms before that, [K], on the bank's device.
 
-        The norm is over all of a member's adapter weights. A norm of zero is left alone.
+        The norm is over A and B of all layers, and not over DoRA's magnitudes, whose gradients no gauge moves. A norm
+        of zero is left alone.
         """
-        norms_K: Tensor = torch.linalg.vector_norm(self.bank.grads_KP, dim=1)
+        grads_KP = self.bank.grads_KP[:, : self.bank.magnitudes]
+        norms_K: Tensor = torch.linalg.vector_norm(grads_KP, dim=1)
         if self._clip_K is not None:
             # clip / 0 is infinite and so becomes 1.
-            self.bank.grads_KP.mul_((self._clip_K / norms_K).clamp(max=1.0)[:, None])
+            grads_KP.mul_((self._clip_K / norms_K).clamp(max=1.0)[:, None])
         return norms_K
 
     def step(self, lr_factor: float) -> None:
         """One step of every member that is not frozen, with lr_factor times its learning rates."""
-        for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = lr * lr_factor
-        self._optimizer.step()
+        for part, lr in zip(self._parts, self._lrs, strict=True):
+            part.group["lr"] = lr * lr_factor
+        for optimizer in self._optimizers:
+            optimizer.step()
 
     def state(self, k: int) -> dict[str, Tensor]:
         """Returns a copy of member k's optimizer state, cut by layer: `fc1.lora_A/exp_avg` [r, I], `fc1.lora_A/step`
@@ -125,14 +196,13 @@ class PackOptimizer:
         step.
         """
         rank, tensors = self.bank.members[k].point.rank, {}
-        for part in self._parts_of(k):
-            for entry, value in self._optimizer.state.get(part.param, {}).items():
+        for part, optimizer in self._parts_of(k):
+            for entry, value in optimizer.state.get(part.param, {}).items():
                 if not isinstance(value, Tensor):
                     continue
                 for slot in part.slots:
-                    whole = value.shape != part.param.shape
-                    piece = value if whole else _relative(slot, part).of_member(value, rank)
-                    tensors[f"{slot.key}/{entry}"] = piece.detach().clone()
+                    piece = part.cut(value, slot, rank) if value.shape == part.param.shape else value
+                    tensors[f"{slot.key}/{entry}"] = piece.detach().clone(memory_format=torch.contiguous_format)
         return tensors
 
     def load_state(self, k: int, tensors: dict[str, Tensor]) -> None:
@@ -145,39 +215,76 @@ class PackOptimizer:
         known = {slot.key for slot in self.bank.slots}
         if unknown := sorted({key.rpartition("/")[0] for key in tensors} - known):
             raise ValueError(f"optimizer state must be of {', '.join(sorted(known))}; found {', '.join(unknown)}")
-        for part in self._parts_of(k):
+        for part, optimizer in self._parts_of(k):
             entries = {key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] == part.slots[0].key}
             state = {entry: _assemble(entry, part, rank, tensors) for entry in sorted(entries)}
-            self._optimizer.state.pop(part.param, None)
+            optimizer.state.pop(part.param, None)
             if state:
-                self._optimizer.state[part.param] = state
+                optimizer.state[part.param] = state
 
-    def _parts_of(self, k: int) -> list[_Part]:
-        return [part for part in self._parts if part.k == k]
+    def _parts_of(self, k: int) -> Iterator[tuple[_Part, torch.optim.Optimizer]]:
+        return (pair for pair in zip(self._parts, self._optimizer_of, strict=True) if pair[0].k == k)
 
 
-def _parts(bank: LoraBank) -> Iterator[tuple[_Part, gauge.FactorSettings]]:
-    ends = {"lora_A": (0, bank.split), "lora_B": (bank.split, bank.params_KP.shape[1])}
+_View = tuple[int, nn.Parameter, tuple[Slot, ...], int | None, FactorSettings]
+
+
+def _views(bank: LoraBank, *, matrices: bool) -> Iterator[_View]:
+    """Member, parameter, slots, start and settings of each parameter group.
+
+    Raises:
+        ValueError: magnitudes under an optimizer that takes matrices only.
+    """
+    if matrices and bank.dora:
+        raise ValueError(
+            "this optimizer takes matrices, and DoRA's magnitudes are vectors; found both: use another one"
+        )
     for k, member in enumerate(bank.members):
-        if member.point.a == member.point.b:
-            stretches = [(0, ends["lora_B"][1], bank.slots, member.point.a)]
-        else:
-            stretches = [
-                (*ends[factor], tuple(slot for slot in bank.slots if slot.factor == factor), settings)
-                for factor, settings in (("lora_A", member.point.a), ("lora_B", member.point.b))
-            ]
-        for start, stop, slots, settings in stretches:
-            param = nn.Parameter(bank.params_KP[k, start:stop])
-            param.grad = bank.grads_KP[k, start:stop]
-            yield _Part(k, param, start, slots), settings
+        yield from _matrices(bank, k) if matrices else _stretches(bank, k, member.point)
 
 
-def _build(config: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    # fused: one kernel a group on CUDA, one pass over the weights on the CPU.
-    if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, fused=True)
-    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(groups, betas=config.betas, fused=True)
+def _stretches(bank: LoraBank, k: int, point: Point) -> Iterator[_View]:
+    """A and B together where their settings are the same, else apart; magnitudes always apart."""
+    ends = (0, bank.split, bank.magnitudes, bank.params_KP.shape[1])
+    stretches: list[tuple[int, int, tuple[str, ...], FactorSettings]]
+    if point.a == point.b:
+        stretches = [(ends[0], ends[2], ("lora_A", "lora_B"), point.a)]
+    else:
+        stretches = [(ends[0], ends[1], ("lora_A",), point.a), (ends[1], ends[2], ("lora_B",), point.b)]
+    if point.magnitude is not None:
+        stretches.append((ends[2], ends[3], ("magnitude",), point.magnitude))
+    for start, stop, factors, settings in stretches:
+        slots = tuple(slot for slot in bank.slots if slot.factor in factors)
+        yield k, _parameter(bank.params_KP[k, start:stop], bank.grads_KP[k, start:stop]), slots, start, settings
+
+
+def _matrices(bank: LoraBank, k: int) -> Iterator[_View]:
+    point = bank.members[k].point
+    for slot in bank.slots:
+        weight, grad = (slot.of_member(stack_KP[k], point.rank) for stack_KP in (bank.params_KP, bank.grads_KP))
+        if slot.factor == "lora_B":  # stored as [R, O]; the rest of the world has [O, R], and Muon sees the difference
+            weight, grad = weight.mT, grad.mT
+        yield k, _parameter(weight, grad), (slot,), None, point.a if slot.factor == "lora_A" else point.b
+
+
+def _parameter(weight: Tensor, grad: Tensor) -> nn.Parameter:
+    param = nn.Parameter(weight)
+    param.grad = grad
+    return param
+
+
+def _build(config: OptimizerConfig, parts: Iterable[_Part]) -> list[torch.optim.Optimizer]:
+    """The optimizer of each part: the same one, but where constants differ that torch reads at construction."""
+    alike: dict[tuple[Any, ...], list[_Part]] = {}
+    for part in parts:
+        alike.setdefault(tuple(part.group[name] for name in sorted(config.constants_at_construction)), []).append(part)
+    made: dict[int, torch.optim.Optimizer] = {}
+    for members in alike.values():
+        optimizer = config.build([part.group for part in members])
+        made |= {id(part): optimizer for part in members}
+        for part, group in zip(members, optimizer.param_groups, strict=True):
+            part.group = group
+    return [made[id(part)] for part in parts]
 
 
 def _clip_norms(bank: LoraBank) -> Tensor | None:
@@ -191,20 +298,15 @@ def _clip_norms(bank: LoraBank) -> Tensor | None:
     return torch.tensor(norms, dtype=bank.grads_KP.dtype, device=bank.grads_KP.device)
 
 
-def _relative(slot: Slot, part: _Part) -> Slot:
-    """The slot as counted from the start of its part."""
-    return Slot(slot.layer, slot.factor, slot.width, slot.offset - part.start)
-
-
 def _assemble(entry: str, part: _Part, rank: int, tensors: dict[str, Tensor]) -> Tensor:
     first = tensors[f"{part.slots[0].key}/{entry}"]
     if first.dim() == 0:  # a step count: fused optimizers want it beside the weights, in its own dtype
         return first.detach().clone().to(part.param.device)
-    whole_P = torch.zeros_like(part.param, requires_grad=False)
+    whole = torch.zeros_like(part.param, requires_grad=False)
     for slot in part.slots:
-        piece, expected = tensors.get(f"{slot.key}/{entry}"), (rank, slot.width)
-        if piece is None or piece.shape != expected:
+        piece, place = tensors.get(f"{slot.key}/{entry}"), part.cut(whole, slot, rank)
+        if piece is None or piece.shape != place.shape:
             found = "nothing" if piece is None else tuple(piece.shape)
-            raise ValueError(f"optimizer state {slot.key}/{entry} must have shape {expected}; found {found}")
-        _relative(slot, part).of_member(whole_P, rank).copy_(piece)
-    return whole_P
+            raise ValueError(f"optimizer state {slot.key}/{entry} must have shape {tuple(place.shape)}; found {found}")
+        place.copy_(piece)
+    return whole

@@ -4,6 +4,8 @@
     K       members of the pack, k one of them
 
 Steps are counted from 0 while they are to be done (schedules, data order) and from 1 once they are done (records).
+A step takes one batch of data, or as many as are accumulated: step n of `accumulation` batches takes those from
+n * accumulation on.
 
 The members share one backward pass of the sum of their losses. No row of one member meets a row of another, so the
 gradient of each is that of its own loss; the same holds for a member whose loss is not finite.
@@ -101,6 +103,7 @@ def train_pack(
     start: int,
     stop: int,
     schedule: Schedule,
+    accumulation: int = 1,
 ) -> Iterator[StepRecord]:
     """Does the steps start, ..., stop - 1, and yields a record after each.
 
@@ -110,34 +113,54 @@ def train_pack(
     Args:
         bank: the pack.
         optimizer: over that bank.
-        losses_K: given the step (from 0), returns each member's mean loss [K], with the graph to the bank's weights.
+        losses_K: given the number of a batch (from 0), returns each member's mean loss [K], with the graph to the
+            bank's weights. `bank.batch` is that number while it runs and while its graph is gone back through, and
+            None otherwise, so what is evaluated between steps has no dropout.
         start: steps that have been done.
         stop: steps that will have been done.
         schedule: of the learning rate.
+        accumulation: batches a step; its gradient and its recorded loss are the means over them.
 
     Raises:
-        ValueError: the optimizer is of another bank, or `losses_K` returned another shape than [K].
+        ValueError: the optimizer is of another bank, `losses_K` returned another shape than [K], or accumulation is
+            below 1.
     """
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1 batch a step; found {accumulation!r}")
     if optimizer.bank is not bank:
         raise ValueError("the optimizer must be made over the bank that is trained; found another bank's")
     for step in range(start, stop):
-        losses = losses_K(step)
-        if losses.shape != (len(bank.members),):
-            required = f"the loss must have one entry a member, shape ({len(bank.members)},)"
-            raise ValueError(f"{required}; found {tuple(losses.shape)}")
-        record = _step(optimizer, losses, step, schedule)
+        batches = range(step * accumulation, (step + 1) * accumulation)
+        record = _step(optimizer, _accumulate(bank, losses_K, batches), step, schedule)
         yield record
         if len(record.diverged) == len(record.losses):
             return
 
 
+def _accumulate(bank: LoraBank, losses_K: Callable[[int], Tensor], batches: range) -> Tensor:
+    """Leaves the mean gradient over some batches in the bank and returns their mean losses [K], in float64."""
+    bank.zero_grad()
+    shares = []
+    try:
+        for batch in batches:
+            bank.batch = batch
+            losses = losses_K(batch)
+            if losses.shape != (len(bank.members),):
+                required = f"the loss must have one entry a member, shape ({len(bank.members)},)"
+                raise ValueError(f"{required}; found {tuple(losses.shape)}")
+            (losses / len(batches)).sum().backward()  # type: ignore[no-untyped-call]
+            shares.append(losses.detach().double())
+    finally:
+        bank.batch = None
+    return torch.stack(shares).mean(dim=0)
+
+
 def _step(optimizer: PackOptimizer, losses: Tensor, step: int, schedule: Schedule) -> StepRecord:
-    optimizer.bank.zero_grad()
-    losses.sum().backward()  # type: ignore[no-untyped-call]
+    """Clips, freezes who has diverged, and steps, with the gradients in the bank and the losses [K] in float64."""
     norms = optimizer.clip()
     before = optimizer.frozen
     # The one time a step that the host waits for the device.
-    losses_host, norms_host = torch.stack([losses.detach().double(), norms.double()]).tolist()
+    losses_host, norms_host = torch.stack([losses, norms.double()]).tolist()
     for k, (loss, norm) in enumerate(zip(losses_host, norms_host, strict=True)):
         if k not in before and not (math.isfinite(loss) and math.isfinite(norm)):
             optimizer.freeze(k)

@@ -1,16 +1,19 @@
-"""The report's plots, as SVG: the search, and twins over their representatives. Alone imports matplotlib."""
+"""The report's plots, as SVG: the search, twins over their representatives, lr over rank. Alone imports matplotlib."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from sweeps.collapse import Certificate, TwinVerdict
+from sweeps.rank_scaling import ConventionSlope, RankScaling
 from sweeps.space import Configuration
 
 _STYLE = {
@@ -22,6 +25,7 @@ _STYLE = {
 }
 _MARKERS = {"finished": "o", "pruned": "v"}
 _TWIN_COLOURS = ("#d1495b", "#edae49", "#00798c", "#7768ae", "#30638e", "#8d6a9f", "#4f772d", "#bc4749")
+_MOST_TICKS = 12
 
 Point = tuple[Configuration, str, float | None]
 
@@ -84,6 +88,59 @@ def twins(certificates: Sequence[Certificate]) -> str:
         rows[0][0].set_ylabel("training loss (nats)")
         rows[1][0].set_ylabel("relative distance")
         return _svg(figure, "Training loss of twins over their representatives, and the distance between them")
+
+
+def rank_scaling(scaling: RankScaling) -> str:
+    """The best learning rate over rank, a line a convention for alpha; dotted, where it would not move.
+
+    Returns:
+        An SVG element; empty where no rank has a trial that could be compared.
+    """
+    ranks = [rank.rank for rank in scaling.ranks if rank.best_trial is not None]
+    if not ranks:
+        return ""
+    errors = {rank.rank: rank.error or 0.0 for rank in scaling.ranks}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.4, 3.6))
+        figure.subplots_adjust(left=0.11, right=0.58, bottom=0.14, top=0.96)
+        axis = figure.subplots()
+        # Side by side, so that error bars of conventions that meet at a rank can be told apart.
+        for place, (convention, colour) in enumerate(zip(scaling.conventions, _TWIN_COLOURS, strict=False)):
+            nudge = 1.03 ** (place - (len(scaling.conventions) - 1) / 2)
+            _best_over_rank(axis, convention, errors, colour, nudge)
+        axis.plot([], [], color="#888888", lw=0.9, ls=":", label="slope 0: lr the same at every rank")
+        axis.plot([], [], color="#888888", ls="", marker="x", ms=5, label="best single trial, nothing fitted")
+        axis.set(xscale="log", yscale="log", xlabel="rank", ylabel="best learning rate")
+        ticks = ranks[:: math.ceil(len(ranks) / _MOST_TICKS)]
+        axis.set_xticks(ticks, [str(rank) for rank in ticks])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_minor_locator(NullLocator())
+        axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        return _svg(figure, "The best learning rate over rank, a line for each convention for alpha")
+
+
+def _best_over_rank(
+    axis: Any, convention: ConventionSlope, errors: dict[int, float], colour: str, nudge: float
+) -> None:
+    """Points with bars of one standard error, the fitted line, the level line through its middle, the best trials."""
+    seen = [(best.rank * nudge, best.observed_lr) for best in convention.best if best.observed_lr is not None]
+    axis.plot(*zip(*seen, strict=True), color=colour, ls="", marker="x", ms=5, alpha=0.6)
+    fitted = [(best.rank, best.lr) for best in convention.best if best.lr is not None]
+    label = convention.name
+    if fitted:
+        bars = [(lr - lr * math.exp(-errors[rank]), lr * math.exp(errors[rank]) - lr) for rank, lr in fitted]
+        xs, ys = [rank * nudge for rank, _ in fitted], [lr for _, lr in fitted]
+        axis.errorbar(xs, ys, yerr=list(zip(*bars, strict=True)), color=colour, fmt="o", ms=4, lw=1.1, capsize=2)
+    if convention.slope is not None and convention.middle_lr is not None and convention.middle_rank is not None:
+        label += f"\nlr ~ rank^{convention.slope:+.2f} ({convention.low:+.2f} to {convention.high:+.2f})"
+        ends = [min(errors), max(errors)]
+        line = [convention.middle_lr * (rank / convention.middle_rank) ** convention.slope for rank in ends]
+        axis.plot([rank * nudge for rank in ends], line, color=colour, lw=1.4, label=label)
+        axis.plot(ends, [convention.middle_lr] * 2, color=colour, lw=0.9, ls=":")
+    else:
+        axis.plot([], [], color=colour, ls="", marker="x", label=f"{label}\nno slope located")
 
 
 def _scatter(axis: Any, points: Sequence[Point], norm: Any, goal: str) -> Any:

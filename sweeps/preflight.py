@@ -112,14 +112,13 @@ def most_members(spec: SweepSpec, fit: Preflight) -> int:
     """The largest pack that a worker's share of this machine's memory holds, at least 1."""
     linear = {name: m for name, m in fit.task.model.named_modules() if isinstance(m, torch.nn.Linear)}
     widths = {name: (layer.in_features, layer.out_features) for name, layer in linear.items()}
-    momentum = "+momentum" if spec.train.momentum else ""
     parameters = [*fit.task.model.parameters(), *fit.task.model.buffers()]
     itemsize = getattr(torch, spec.train.dtype).itemsize
     member = cost.member_bytes(
         cost.layer_shapes(widths, set(fit.layers)),
         rank=max(SearchSpace.of(spec).ranks),
         rows=fit.task.most_rows(spec.train.batch_size),
-        optimizer=f"{spec.train.optimizer}{momentum}",
+        optimizer_states=spec.train.law.states_with(spec.train.settings),
         adapter_itemsize=max(4, itemsize),
         activation_itemsize=itemsize,
     )

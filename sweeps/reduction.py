@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -24,18 +24,19 @@ from itertools import product
 
 from lora_core.gauge import (
     AlphaRule,
-    ExactInvariants,
     FactorSettings,
     Gauge,
-    OptimizerLaw,
     Point,
     exact,
     gauge_to,
-    law_of,
+    invariant_of_a,
+    invariant_of_b,
     regauge,
     scaling_of,
     scaling_squared_of,
+    shared_invariant,
 )
+from lora_core.laws import Constant, OptimizerLaw, law_of
 from sweeps.errors import InputError
 from sweeps.space import Configuration, SearchSpace, alpha_rule, values_of
 from sweeps.spec import Choice, Range, SweepSpec
@@ -93,9 +94,12 @@ class Reduction:
         reference_init_scale: c in which canonical points are written; None where init scale is not eliminated.
         eliminated: names of the dimensions that are not searched because they are a gauge.
         rslora: whether the scaling is alpha / sqrt(r).
-        travel: whether eps, weight decay and clip norm move with alpha (`constants: travel`) or are read literally.
-        eps: as stated in the spec.
+        travel: whether constants (eps and its like, weight decay, clip norm) move with alpha (`constants: travel`) or
+            are read literally.
+        constants: the optimizer's absolute constants, as stated in the spec.
         clip_norm: as stated in the spec.
+        dropout: as stated in the spec; no gauge moves it.
+        magnitude: settings of DoRA's magnitudes, None without DoRA; no gauge moves them.
         stuck: why configurations of different alpha stay apart although a law exists; None where they do not.
     """
 
@@ -106,8 +110,10 @@ class Reduction:
     eliminated: tuple[str, ...]
     rslora: bool
     travel: bool
-    eps: float
+    constants: Mapping[str, Constant]
     clip_norm: float | None
+    dropout: float
+    magnitude: FactorSettings | None
     stuck: str | None
 
     @classmethod
@@ -122,7 +128,7 @@ class Reduction:
         travel = spec.reduction.constants == "travel"
         clipped = spec.train.clip_norm is not None
         eliminated, stuck = _eliminated(space, clipped=clipped)
-        pinned = () if travel else _pinned(space, law, clipped=clipped)
+        pinned = () if travel else _pinned(space, spec.train.constants, clipped=clipped)
         if eliminated and pinned:
             eliminated, stuck = (), _why_pinned(pinned) if "alpha" in eliminated else None
         held_init = "init_scale" in eliminated
@@ -134,8 +140,10 @@ class Reduction:
             eliminated=eliminated,
             rslora=spec.lora.rslora,
             travel=travel,
-            eps=spec.train.eps,
+            constants=spec.train.constants,
             clip_norm=spec.train.clip_norm,
+            dropout=spec.lora.dropout,
+            magnitude=_magnitude(spec),
             stuck=stuck,
         )
 
@@ -152,9 +160,11 @@ class Reduction:
             rank=configuration.rank,
             scaling=self._scaling(self.reference.at(configuration.rank), configuration.rank),
             init_scale=1.0,
-            a=FactorSettings(0.0, self.eps, configuration.weight_decay),
-            b=FactorSettings(0.0, self.eps, configuration.weight_decay),
+            a=FactorSettings(0.0, configuration.weight_decay, self.constants),
+            b=FactorSettings(0.0, configuration.weight_decay, self.constants),
             clip_norm=self.clip_norm,
+            magnitude=self.magnitude,
+            dropout=self.dropout,
         )
         moved = regauge(stated, self._gauge_of(configuration), self.law) if self.travel else stated
         return replace(
@@ -278,45 +288,56 @@ class Reduction:
         if self.two_parameter:
             yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2, stated_s2)
             return
-        invariants = self._invariants
-        clip_norm = None if self.clip_norm is None else exact(self.clip_norm)
+        law = self.law
+        stated = [*self._stated, (exact(self.clip_norm or 0), 1)]
         yield from product(
             (str(rank),),
-            [_text(invariants.lr(lr, s2)) for lr in lrs],
-            [_text(invariants.init_scale(c, s2)) for c in init_scales],
+            [_text(shared_invariant(lr, law.lr_power, s2)) for lr in lrs],
+            [_text(shared_invariant(c, -1, s2)) for c in init_scales],
             [_text(ratio) for ratio in ratios],
-            [_text(_unless_zero(invariants.weight_decay, wd, stated_s2)) for wd in decays],
-            [_text(invariants.eps(exact(self.eps), stated_s2))],
-            [_text(_unless_zero(invariants.clip_norm, clip_norm, stated_s2))],
+            [_text(shared_invariant(wd, law.decay_power, stated_s2)) for wd in decays],
+            [" ".join(_text(shared_invariant(value, power, stated_s2)) for value, power in stated)],
         )
 
     def _two_parameter_keys(
         self, rank: int, axes: tuple[tuple[Fraction, ...], ...], scaling_squared: Fraction, stated_s2: Fraction
     ) -> Iterator[Key]:
-        invariants, s2 = self._invariants, scaling_squared
+        power, s2 = self.law.lr_power, scaling_squared
         lrs, init_scales, ratios, decays = axes
         held = None if self.reference_init_scale is None or not self.travel else exact(self.reference_init_scale)
         # lr_b is a product of powers, so that what it owes to c and s is computed once for each of them.
         b_of_c = [
-            (c, invariants.lr_b(Fraction(1), c, s2), [self._constants(wd, held or c, stated_s2) for wd in decays])
+            (c, invariant_of_b(Fraction(1), power, c, s2), [self._constants(wd, held or c, stated_s2) for wd in decays])
             for c in init_scales
         ]
         for lr in lrs:
-            b_of_lr = [invariants.lr_b(lr * ratio, Fraction(1), Fraction(1)) for ratio in ratios]
+            b_of_lr = [invariant_of_b(lr * ratio, power, Fraction(1), Fraction(1)) for ratio in ratios]
             for c, share_of_c, constants in b_of_c:
-                step_a = _text(invariants.lr_a(lr, c))
+                step_a = _text(invariant_of_a(lr, power, c))
                 for share_of_lr in b_of_lr:
                     step_b = _text(share_of_lr * share_of_c)
                     for of_both in constants:
                         yield str(rank), step_a, step_b, of_both
 
     def _constants(self, weight_decay: Fraction, init_scale: Fraction, scaling_squared: Fraction) -> str:
-        found = self._invariants.constants_of_both_factors(exact(self.eps), weight_decay, init_scale, scaling_squared)
+        found = (
+            invariant
+            for value, power in [*self._stated, (weight_decay, self.law.decay_power)]
+            for invariant in (
+                invariant_of_a(value, power, init_scale),
+                invariant_of_b(value, power, init_scale, scaling_squared),
+            )
+        )
         return " ".join(map(_text, found))
 
     @cached_property
-    def _invariants(self) -> ExactInvariants:
-        return ExactInvariants(self.law)
+    def _stated(self) -> list[tuple[Fraction, int]]:
+        """The optimizer's absolute constants, each number with its power."""
+        return [
+            (exact(number), self.law.powers[name])
+            for name, value in self.constants.items()
+            for number in (value if isinstance(value, tuple) else (value,))
+        ]
 
     def _alphas(self, rank: int) -> list[float]:
         dimension = self.space.alpha
@@ -344,11 +365,10 @@ def _text(value: Fraction) -> str:
     return f"{value.numerator:x}/{value.denominator:x}"
 
 
-def _unless_zero(
-    invariant: Callable[[Fraction, Fraction], Fraction], constant: Fraction | None, scaling_squared: Fraction
-) -> Fraction:
-    """The invariant of a constant that may be absent; absent and 0 are the same in every gauge."""
-    return invariant(constant, scaling_squared) if constant else Fraction(0)
+def _magnitude(spec: SweepSpec) -> FactorSettings | None:
+    """What DoRA's magnitudes are trained with: a learning rate of their own, and no decay."""
+    lr = spec.train.magnitude_lr
+    return None if lr is None else FactorSettings(lr, constants=spec.train.constants)
 
 
 def _middle(dimension: Choice | Range) -> float:
@@ -368,10 +388,11 @@ def _reference(space: SearchSpace) -> AlphaRule:
     return rules[(len(rules) - 1) // 2]
 
 
-def _pinned(space: SearchSpace, law: OptimizerLaw, *, clipped: bool) -> tuple[str, ...]:
-    """The constants that, read literally, no other hyperparameter can move along with alpha."""
+def _pinned(space: SearchSpace, constants: Mapping[str, Constant], *, clipped: bool) -> tuple[str, ...]:
+    """The constants that, read literally, no other hyperparameter can move along with alpha; 0 is 0 in every gauge."""
     decays = values_of(space.weight_decay)
-    present = {"eps": law.has_eps, "clip_norm": clipped, "weight_decay": decays is None or any(decays)}
+    present = {name: bool(value) for name, value in constants.items()}
+    present |= {"clip_norm": clipped, "weight_decay": decays is None or any(decays)}
     return tuple(name for name, on in present.items() if on)
 
 

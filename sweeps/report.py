@@ -7,20 +7,25 @@ offline: plots are SVG inside it.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import jinja2
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lora_core.checkpoint import write_atomically
+from lora_core.gauge import Gauge, regauge
 from sweeps.collapse import Certificate, twins
 from sweeps.events import TrialState
 from sweeps.export.point import ExportPoint
 from sweeps.plan import Plan
+from sweeps.rank_scaling import RankScaling, answer
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
+from sweeps.response_surface import Observation
 from sweeps.space import Configuration
 
 Format = Literal["md", "json", "html"]
@@ -70,7 +75,7 @@ class Best(_Part):
     lr_ratio: float
     init_scale: float
     weight_decay: float
-    eps: float
+    eps: float | None
     clip_norm: float | None
     optimizer: str
     metrics: dict[str, float]
@@ -96,6 +101,7 @@ class CollapseReport(_Part):
     trials: tuple[ReportedTrial, ...]
     """Best first; then pruned, diverged and failed ones."""
     certificates: tuple[Certificate, ...]
+    rank_scaling: RankScaling
     seconds: dict[str, float]
 
 
@@ -158,7 +164,41 @@ def build(record: SweepRecord) -> CollapseReport:
         best=best_point(record),
         trials=tuple(_reported(trial, reduction) for trial in sorted(record.trained, key=rank)),
         certificates=tuple(Certificate.model_validate(certificate) for certificate in record.certificates),
+        rank_scaling=_rank_scaling(record, reduction),
         seconds=record.seconds,
+    )
+
+
+def _rank_scaling(record: SweepRecord, reduction: Reduction) -> RankScaling:
+    """What the trials say of how lr moves with rank; the same answer for the same trials, whenever it is asked."""
+    spec, ranks = record.spec, reduction.space.ranks
+    # A trial that failed says nothing of its point: its machine did.
+    told = [trial for trial in record.trained if trial.state != "failed"]
+    return answer(
+        [_observation(trial, spec.metric.name, reduction) for trial in told],
+        lr_searched="lr" in reduction.space.searched,
+        alpha=reduction.reference.at(ranks[(len(ranks) - 1) // 2]),
+        degree=reduction.law.degree,
+        sign=spec.metric.sign,
+        log_scale=spec.metric.name in spec.task.log_metrics,
+        rng=np.random.default_rng(spec.search.seed),
+    )
+
+
+def _observation(trial: TrialRecord, metric: str, reduction: Reduction) -> Observation:
+    """A trial in the gauge s = 1, with one factor for A and B: the ratio of their lrs stays."""
+    point = replace(reduction.point(trial.configuration), clip_norm=None)
+    unit = regauge(point, Gauge.of_alpha(1 / point.scaling), reduction.law)
+    values = {rung.step: rung.metrics[metric] for rung in trial.rungs if metric in rung.metrics}
+    finite = {step: value for step, value in values.items() if math.isfinite(value)}
+    return Observation(
+        trial=trial.number,
+        rank=unit.rank,
+        lr=unit.a.lr,
+        init_scale=unit.init_scale,
+        lr_ratio=trial.configuration.lr_ratio,
+        values=finite,
+        diverged=trial.state == "diverged" or len(finite) < len(values),
     )
 
 
@@ -200,6 +240,7 @@ def _plots(report: CollapseReport) -> dict[str, str]:
     return {
         "search": plots.search(points, metric=metric, goal=report.goal),
         "twins": plots.twins(report.certificates),
+        "rank_scaling": plots.rank_scaling(report.rank_scaling),
     }
 
 
@@ -229,6 +270,8 @@ def _templates() -> jinja2.Environment:
     environment.filters["unit"] = unit_of
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["counts"] = counts_in_words
+    environment.filters["error"] = _error_in_words
+    environment.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}"
     return environment
 
 
@@ -237,6 +280,11 @@ def _rest_in_words(point: Configuration | Best) -> str:
     ratio = f", lr ratio {point.lr_ratio:.4g}" if point.lr_ratio != 1 else ""
     decay = f", weight decay {point.weight_decay:.4g}" if point.weight_decay else ""
     return f"init scale {point.init_scale:.4g}{ratio}{decay}"
+
+
+def _error_in_words(error: float | None) -> str:
+    """The standard error of a logarithm, as the factor that it is: ` ×÷ 1.3`."""
+    return "" if error is None else f" ×÷ {math.exp(error):.2g}"
 
 
 def counts_in_words(counts: dict[str, int]) -> str:

@@ -83,7 +83,7 @@ class SweepSpec(Section):
     """What is searched."""
     reduction: ReductionSpec = ReductionSpec()
     """How alpha is eliminated."""
-    train: TrainSpec = TrainSpec()
+    train: TrainSpec = Field(TrainSpec(), validate_default=True)
     """How every trial is trained."""
     metric: MetricSpec = Field(MetricSpec(), validate_default=True)
     """What makes one trial better than another."""
@@ -103,6 +103,21 @@ class SweepSpec(Section):
             required = "1 to 64 of A-Z, a-z, 0-9, dot, dash and underscore, with a letter or digit first"
             raise refuse(required, name)
         return name
+
+    @field_validator("train")
+    @classmethod
+    def _fits_what_is_trained(cls, train: TrainSpec, read: ValidationInfo) -> TrainSpec:
+        mistakes: list[Mistake] = []
+        if "lora" in read.data:
+            mistakes += _magnitude_mistakes(train, read.data["lora"])
+        if "parameters" in read.data and train.law.decay is None:
+            decay: Choice | Range = read.data["parameters"].weight_decay
+            if isinstance(decay, Range) or any(decay.values):
+                path, found = ("parameters", "weight_decay"), "another"
+                mistakes.append(Mistake(path, f"0, for {train.optimizer} has no weight decay", found, absolute=True))
+        if mistakes:
+            raise refusal(mistakes)
+        return train
 
     @field_validator("metric")
     @classmethod
@@ -135,6 +150,21 @@ class SweepSpec(Section):
             raise refuse(f"at most train.steps, which is {steps}", certify.steps, path=("steps",))
         # A default is no fault of the user's.
         return certify.model_copy(update={"steps": steps})
+
+
+def _magnitude_mistakes(train: TrainSpec, lora: LoraSpec) -> list[Mistake]:
+    path = ("magnitude_lr",)
+    if not lora.dora:
+        if train.magnitude_lr is None:
+            return []
+        return [Mistake(path, "none, for lora.dora is false", str(train.magnitude_lr), "remove it, or set lora.dora")]
+    if train.law.matrices:
+        required = f"false, for {train.optimizer} takes matrices only"
+        return [Mistake(("lora", "dora"), required, "true", "DoRA's magnitudes are vectors", absolute=True)]
+    if train.magnitude_lr is None:
+        required = "a learning rate, for lora.dora is true and no gauge moves its magnitudes"
+        return [Mistake(path, required, "nothing", "such as 0.001")]
+    return []
 
 
 def _rung_mistakes(search: SearchSpec, train: TrainSpec) -> list[Mistake]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -16,9 +16,10 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 
-from lora_core.gauge import LAWS, WITHOUT_LAW, NoLawError, law_of
+from lora_core.laws import LAWS, WITHOUT_LAW, Absolute, Constant, NoLawError, OptimizerLaw, Option, law_of
 from sweeps.secrecy import has_secret
 from sweeps.spec_faults import ByType, Mistake, Section, did_you_mean, one_of, refusal, refuse
 from sweeps.yaml_text import shown
@@ -98,6 +99,10 @@ class LoraSpec(Section):
     """Distribution that A is drawn from; B starts at 0. kaiming_uniform is PEFT's default."""
     rslora: Flag = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    dropout: BelowOne = 0.0
+    """Probability with which an element of an adapter's input is dropped in training."""
+    dora: Flag = False
+    """Train a magnitude for every output of a layer beside A and B (DoRA); needs train.magnitude_lr."""
 
 
 class ReductionSpec(Section):
@@ -111,7 +116,7 @@ class ReductionSpec(Section):
 
 
 def _read_betas(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    if not isinstance(raw, list | tuple) or len(raw) != 2:
+    if raw is not None and (not isinstance(raw, list | tuple) or len(raw) != 2):
         raise refuse("two numbers", raw, "such as [0.9, 0.999]")
     return validate(raw)
 
@@ -129,12 +134,18 @@ class TrainSpec(Section):
     """How the learning rate falls after the warm-up: not, linearly to 0, or along a half cosine to 0."""
     warmup_steps: CountOrZero = 0
     """Steps in which the learning rate rises linearly to its peak."""
-    eps: Positive = 1e-8
-    """Adam's eps at the reference alpha."""
-    betas: Annotated[tuple[BelowOne, BelowOne], WrapValidator(_read_betas)] = (0.9, 0.999)
-    """Adam's two decay rates."""
-    momentum: BelowOne = 0.0
-    """SGD's momentum."""
+    accumulation: Count = 1
+    """Batches whose gradients are averaged for one step."""
+    eps: Positive | None = None
+    """eps at the reference alpha, for optimizers that have one; null: the optimizer's default, 1e-8 for AdamW."""
+    betas: Annotated[tuple[BelowOne, BelowOne] | None, WrapValidator(_read_betas)] = None
+    """The two decay rates of Adam and its kin; null: the optimizer's default, [0.9, 0.999]."""
+    momentum: BelowOne | None = None
+    """Momentum, for optimizers that have one; null: the optimizer's default, 0 for SGD."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More settings of the optimizer under torch.optim's names, such as {nesterov: true} or {amsgrad: true}."""
+    magnitude_lr: Positive | None = None
+    """Learning rate of DoRA's magnitudes, which alpha does not move; required with lora.dora."""
     clip_norm: Positive | None = None
     """Gradient norm over all adapter weights to which a trial is clipped, at the reference alpha; null: not clipped."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -162,11 +173,78 @@ class TrainSpec(Section):
 
     @field_validator("momentum")
     @classmethod
-    def _belongs_to_sgd(cls, momentum: float, read: ValidationInfo) -> float:
-        optimizer = read.data.get("optimizer", "sgd")
-        if momentum > 0 and optimizer != "sgd":
-            raise refuse(f"no momentum for {optimizer}", momentum, "set betas, or use optimizer: sgd")
+    def _is_the_optimizers(cls, momentum: float | None, read: ValidationInfo) -> float | None:
+        law = LAWS.get(read.data.get("optimizer", ""))
+        if momentum and law is not None and "momentum" not in law.options:
+            hint = "set betas" if "betas" in law.options else "leave it out"
+            raise refuse(f"no momentum for {law.name}", momentum, f"{hint}, or use optimizer: sgd")
         return momentum
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_the_optimizers(cls, options: dict[str, Any], read: ValidationInfo) -> dict[str, Any]:
+        law = LAWS.get(read.data.get("optimizer", ""))
+        if law is None:
+            return options
+        mistakes = list(_option_mistakes(options, law))
+        if mistakes:
+            raise refusal(mistakes)
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        try:
+            self.law.settings(self.settings)
+        except ValueError as error:
+            raise refuse("options that go together", self.options, str(error), path=("options",)) from None
+        if not self.law.scheduled and self.warmup_steps:
+            hint = f"{self.optimizer} reads lr at its first step only, and a warm-up starts it at 0"
+            raise refuse(f"0 for {self.optimizer}", self.warmup_steps, hint, path=("warmup_steps",))
+        return self
+
+    @property
+    def law(self) -> OptimizerLaw:
+        """The optimizer's law."""
+        return law_of(self.optimizer)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The keys that are written, but that the optimizer does not have."""
+        has = {*self.law.absolute, *self.law.options}
+        return tuple(name for name in ("eps", "betas") if getattr(self, name) is not None and name not in has)
+
+    @property
+    def constants(self) -> dict[str, Constant]:
+        """The optimizer's absolute constants at the reference alpha, the defaults filled in."""
+        written = {**self.options, "eps": self.eps}
+        return self.law.constants({name: value for name, value in written.items() if value is not None})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The optimizer's other settings, the defaults filled in."""
+        written = {**self.options, "betas": self.betas, "momentum": self.momentum}
+        known = self.law.options
+        return {name: option.default if written.get(name) is None else written[name] for name, option in known.items()}
+
+
+_OWN_KEYS = ("lr", "weight_decay", "eps", "betas", "momentum")
+
+
+def _option_mistakes(options: Mapping[str, Any], law: OptimizerLaw) -> Iterator[Mistake]:
+    every: dict[str, Absolute | Option] = {**law.absolute, **law.options}
+    rows = {name: row for name, row in every.items() if name not in _OWN_KEYS}
+    for name, value in options.items():
+        if name in rows:
+            if not rows[name].accepts(value):
+                yield Mistake((name,), rows[name].required, shown(value))
+        elif name in _OWN_KEYS:
+            where = "parameters" if name in ("lr", "weight_decay") else "train"
+            yield Mistake((name,), f"it as {where}.{name}", shown(value), "it has a key of its own")
+        else:
+            required = f"{one_of(rows)}" if rows else "nothing"
+            yield Mistake(
+                (name,), f"{required}, as {law.name} has it", f"the unknown key {shown(name)}", did_you_mean(name, rows)
+            )
 
 
 def _without_default(schema: dict[str, Any]) -> None:

@@ -170,17 +170,17 @@ def _train(
 
 
 def losses_of(spec: SweepSpec, task: Task, *, members: int) -> Callable[[int], torch.Tensor]:
-    """The losses of a pack [K] as a function of the step, over the spec's data order."""
+    """The losses of a pack [K] as a function of the batch's number, over the spec's data order."""
 
-    def losses_K(step: int) -> torch.Tensor:
-        return task.losses_K(batch_indices(task.n_samples, spec.train.batch_size, step, spec.train.seed), members)
+    def losses_K(batch: int) -> torch.Tensor:
+        return task.losses_K(batch_indices(task.n_samples, spec.train.batch_size, batch, spec.train.seed), members)
 
     return losses_K
 
 
 def optimizer_of(spec: SweepSpec) -> OptimizerConfig:
     """The kind of optimizer that a spec asks for."""
-    return OptimizerConfig(spec.train.optimizer, betas=spec.train.betas, momentum=spec.train.momentum)
+    return OptimizerConfig(spec.train.optimizer, spec.train.settings)
 
 
 def schedule_of(spec: SweepSpec) -> Schedule:

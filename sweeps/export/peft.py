@@ -6,12 +6,14 @@ Keys: PEFT 0.21, `LoraConfig`; transformers 5, `TrainingArguments`, for the name
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_core.checkpoint import write_atomically
 from sweeps.export.point import ExportPoint
 
+_SETTINGS = {"eps": "adam_epsilon"}
 _INIT = {"kaiming_uniform": True, "gaussian": "gaussian"}
 
 
@@ -34,7 +36,8 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
         "use_rslora": point.spec.lora.rslora,
         "init_lora_weights": _INIT[point.spec.lora.init],
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "lora_dropout": 0.0,
+        "lora_dropout": point.spec.lora.dropout,
+        "use_dora": point.spec.lora.dora,
         "bias": "none",
     }
 
@@ -42,25 +45,36 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
 def training(point: ExportPoint) -> dict[str, Any]:
     """What PEFT's config has no place for: the optimizer and its schedule, in the same gauge."""
     a, b, train = point.point.a, point.point.b, point.spec.train
-    adam = {"adam_beta1": train.betas[0], "adam_beta2": train.betas[1], "adam_epsilon": a.eps}
-    separate = {"learning_rate_B": b.lr, "weight_decay_B": b.weight_decay, "adam_epsilon_B": b.eps} if a != b else {}
+    separate: dict[str, Any] = {"learning_rate_B": b.lr, "weight_decay_B": b.weight_decay} if a != b else {}
+    if a != b:
+        separate |= {f"{_SETTINGS.get(name, name)}_B": value for name, value in b.constants.items()}
     return {
         "note": "Exact in this gauge only: with another alpha, learning_rate, weight_decay and epsilon move too.",
         "optimizer": train.optimizer,
         "learning_rate": a.lr,
         "weight_decay": a.weight_decay,
-        **({"momentum": train.momentum} if train.optimizer == "sgd" else adam),
+        **_settings(train.settings),
+        **{_SETTINGS.get(name, name): value for name, value in a.constants.items()},
         **separate,
+        **({"learning_rate_magnitude": train.magnitude_lr} if point.spec.lora.dora else {}),
         "max_grad_norm": point.point.clip_norm or 0.0,
         "lr_scheduler_type": train.schedule,
         "warmup_steps": train.warmup_steps,
         "max_steps": train.steps,
         "per_device_train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
         "seed": train.seed,
         "dtype": train.dtype,
         "reached": point.metrics,
         "from": {"sweep": point.sweep, "trial": point.trial, "class": point.class_id},
     }
+
+
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's own settings, Adam's under the names of `TrainingArguments`."""
+    named = {name: value for name, value in settings.items() if name != "betas"}
+    beta1, beta2 = settings.get("betas", (None, None))
+    return named if beta1 is None else {"adam_beta1": beta1, "adam_beta2": beta2} | named
 
 
 def _whole(alpha: float) -> float | int:

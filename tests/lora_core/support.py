@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.gauge import FactorSettings, Point
+from lora_core.laws import Constant
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from lora_core.train import Schedule, StepRecord, batch_indices, train_pack
 from lora_core.trajectory import Trajectory, record_trajectories
@@ -52,9 +54,11 @@ def make_point(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    constants: Mapping[str, Constant] | None = None,
 ) -> Point:
-    a = FactorSettings(lr, eps, weight_decay)
-    b = FactorSettings(lr if lr_b is None else lr_b, eps, weight_decay)
+    """A point; `constants` are those beside eps."""
+    a = FactorSettings(lr, weight_decay, {"eps": eps, **(constants or {})})
+    b = replace(a, lr=lr if lr_b is None else lr_b)
     return Point(rank, scaling, init_scale, a, b, clip_norm)
 
 

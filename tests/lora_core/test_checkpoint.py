@@ -21,7 +21,7 @@ from tests.lora_core.support import TARGETS, Mlp, Pack, make_point, samples
 
 CONFIGS = [
     OptimizerConfig("sgd"),
-    OptimizerConfig("sgd", momentum=0.9),
+    OptimizerConfig("sgd", {"momentum": 0.9}),
     OptimizerConfig("adam"),
     OptimizerConfig("adamw"),
 ]
@@ -255,15 +255,40 @@ def test_an_exported_adapter_comes_back_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank_pattern": {"fc1": 2}}, "plain LoRA of one rank and alpha; found rank_pattern"),
-        ({"use_dora": True}, "found use_dora"),
+        ({"rank_pattern": {"fc1": 2}}, "LoRA or DoRA of one rank and alpha; found rank_pattern"),
         ({"bias": "all"}, "nothing but lora_A and lora_B matrices; found"),
+        ({"bias": "all", "use_dora": True}, "lora_A and lora_B matrices and lora_magnitude_vectors; found"),
     ],
 )
 def test_an_adapter_that_is_more_than_plain_lora_is_refused(tmp_path, settings, message):
     peft.get_peft_model(Mlp(), peft.LoraConfig(target_modules=list(TARGETS), **settings)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         import_peft_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("has", "says", "message"),
+    [
+        (False, True, r"of every layer; found no fc1\.magnitude, fc2\.magnitude: save it again"),
+        (True, False, r"nothing but lora_A and lora_B matrices; found '.*\.lora_magnitude_vector'"),
+    ],
+)
+def test_an_adapter_that_has_not_what_its_config_says_is_refused(tmp_path, has, says, message):
+    config = peft.LoraConfig(target_modules=list(TARGETS), use_dora=has)
+    peft.get_peft_model(Mlp(), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": says}))
+    with pytest.raises(CheckpointError, match=message):
+        import_peft_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_dropout_goes_out_and_comes_back(tmp_path, dropout):
+    adapter = trained(16, 4, rslora=False).bank.adapter(1)
+    export_peft_adapter(tmp_path, adapter, rank=4, alpha=16, target_modules="fc.", use_rslora=False, dropout=dropout)
+    assert peft.PeftConfig.from_pretrained(tmp_path).lora_dropout == dropout
+    back = import_peft_adapter(tmp_path)
+    assert (back.dropout, back.use_dora) == (dropout, False)
 
 
 def test_a_pickled_adapter_is_not_read(tmp_path):

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_core.adapter import Member
 from lora_core.cost import LayerShape, layer_shapes, member_bytes, pack_bytes, pack_limit, step_flops
+from lora_core.laws import LAWS
 from lora_core.optimizers import OptimizerConfig
 from tests.lora_core.support import BATCH, TARGETS, Pack, make_point
 
@@ -48,9 +49,9 @@ def test_flops_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == expected.total - unseen
 
 
-@pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("sgd+momentum", 1), ("adam", 2), ("adamw", 2)])
-def test_bytes_of_a_member_are_those_worked_out_by_hand(optimizer, states):
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer=optimizer, activation_itemsize=2)
+@pytest.mark.parametrize("states", [0, 1, 2])
+def test_bytes_of_a_member_are_those_worked_out_by_hand(states):
+    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=states, activation_itemsize=2)
     assert member.weights == member.gradients == 4 * 2 * (10 + 9)
     assert member.optimizer == states * member.weights
     # Kept a row: inputs 4 + 6 and h 2 + 2 beside the adapters, outputs 6 + 3 + 2 of the base model.
@@ -59,22 +60,22 @@ def test_bytes_of_a_member_are_those_worked_out_by_hand(optimizer, states):
     assert member.total == (2 + states) * 152 + 546 + 168
 
 
-def test_bytes_of_weights_and_optimizer_are_those_that_a_bank_holds():
-    pack = Pack([Member(make_point(rank=8), 0)], OptimizerConfig("adamw"))
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("everything", [False, True])
+def test_bytes_of_weights_and_optimizer_are_those_that_a_bank_holds(law, everything):
+    keeping = {name: {"momentum": 0.9}.get(name, True) for name, option in law.options.items() if option.states}
+    config = OptimizerConfig(law.name, keeping if everything else {})
+    pack = Pack([Member(make_point(rank=8, constants=law.constants()), 0)], config)
     pack.train(0, 1)
-    member = member_bytes(layer_shapes(widths_of(pack), TARGETS), rank=8, rows=1, optimizer="adamw")
+    states = law.states_with(law.settings(config.options))
+    member = member_bytes(layer_shapes(widths_of(pack), TARGETS), rank=8, rows=1, optimizer_states=states)
     state = pack.optimizer.state(0)
     assert member.weights == sum(value.nbytes for value in pack.bank.adapter(0).values())
-    assert member.optimizer == sum(value.nbytes for key, value in state.items() if not key.endswith("/step"))
-
-
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match=r"one of sgd, sgd\+momentum, adam, adamw; found 'lion'"):
-        member_bytes(LAYERS, rank=2, rows=7, optimizer="lion")
+    assert member.optimizer == sum(value.nbytes for value in state.values() if value.dim())
 
 
 def test_the_pack_limit_is_the_largest_pack_that_fits():
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer="adamw", activation_itemsize=2)
+    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=2, activation_itemsize=2)
     assert member.total == 1322
     memory = 10_000 + 5 * 1322
     assert pack_bytes(10_000, member, 5) == memory
@@ -86,6 +87,6 @@ def test_the_pack_limit_is_the_largest_pack_that_fits():
 
 @pytest.mark.parametrize("reserve", [-0.1, 1.0])
 def test_a_reserve_that_is_no_share_is_refused(reserve):
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer="sgd")
+    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=0)
     with pytest.raises(ValueError, match="reserve must be a share of the memory"):
         pack_limit(1000, base_bytes=0, member=member, reserve=reserve)

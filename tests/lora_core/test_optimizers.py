@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from lora_core.adapter import LoraBank, Member
-from lora_core.gauge import NoLawError
+from lora_core.laws import NoLawError
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from tests.lora_core.support import TARGETS, Mlp, make_point
 
 CONFIGS = {
     "sgd": OptimizerConfig("sgd"),
-    "sgd+momentum": OptimizerConfig("sgd", momentum=0.9),
-    "adam": OptimizerConfig("adam", betas=(0.8, 0.95)),
-    "adamw": OptimizerConfig("adamw", betas=(0.8, 0.95)),
+    "sgd+momentum": OptimizerConfig("sgd", {"momentum": 0.9}),
+    "adam": OptimizerConfig("adam", {"betas": (0.8, 0.95)}),
+    "adamw": OptimizerConfig("adamw", {"betas": (0.8, 0.95)}),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -41,11 +41,12 @@ def naive_step(config, settings, weight, grad, state, lr):
     else:
         grad = grad + settings.weight_decay * weight
     if config.name == "sgd":
-        velocity = state["v"] = config.momentum * state["v"] + grad if t > 1 else grad
+        velocity = state["v"] = config.options.get("momentum", 0.0) * state["v"] + grad if t > 1 else grad
         return weight - lr * velocity
-    m = state["m"] = config.betas[0] * state.get("m", 0) + (1 - config.betas[0]) * grad
-    v = state["v"] = config.betas[1] * state.get("v", 0) + (1 - config.betas[1]) * grad**2
-    m_hat, v_hat = m / (1 - config.betas[0] ** t), v / (1 - config.betas[1] ** t)
+    beta1, beta2 = config.options["betas"]
+    m = state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * grad
+    v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * grad**2
+    m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     return weight - lr * m_hat / (v_hat.sqrt() + settings.eps)
 
 
@@ -189,5 +190,5 @@ def test_state_of_another_shape_or_layer_is_refused():
 def test_a_config_refuses_what_its_optimizer_does_not_have():
     with pytest.raises(NoLawError, match="radam has no alpha equivalence"):
         OptimizerConfig("radam")
-    with pytest.raises(ValueError, match=r"momentum belongs to sgd; found momentum=0\.9 for adamw: use betas"):
-        replace(CONFIGS["adamw"], momentum=0.9)
+    with pytest.raises(ValueError, match=r"adamw has the options betas, amsgrad; found momentum=0\.9"):
+        replace(CONFIGS["adamw"], options={"momentum": 0.9})

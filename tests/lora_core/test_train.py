@@ -13,7 +13,7 @@ from tests.lora_core.support import Pack, make_point
 
 CONFIGS = [
     OptimizerConfig("sgd"),
-    OptimizerConfig("sgd", momentum=0.9),
+    OptimizerConfig("sgd", {"momentum": 0.9}),
     OptimizerConfig("adam"),
     OptimizerConfig("adamw"),
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sweeps.collapse import Certificate, TwinVerdict
@@ -16,7 +18,8 @@ from sweeps.reduction import Reduction
 from sweeps.report import FORMATS, build, render, write
 from sweeps.space import Configuration
 from sweeps.spec import parse_spec
-from tests.support import SMALL_SPEC
+from tests.conftest import FinishedSweep
+from tests.support import SMALL_SPEC, record_of
 
 
 def record_with(tmp_path: Path, *events: object, text: str = SMALL_SPEC) -> SweepRecord:
@@ -131,3 +134,113 @@ def test_the_json_is_the_whole_report_and_reads_back(tmp_path: Path):
     assert type(report).model_validate_json((tmp_path / "out" / "report.json").read_text()) == report
     assert json.loads((tmp_path / "out" / "report.json").read_text())["sweep"] == "small-1"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "report.json", "report.html"}
+
+
+# -- how lr moves with rank --------------------------------------------------------------------------------------------
+
+REFERENCES = {
+    "constant alpha = 16": ("alpha: 16", "rslora: false"),
+    "alpha = r": ("alpha: rank", "rslora: false"),
+    "alpha = 2r": ('alpha: "2*rank"', "rslora: false"),
+    "rsLoRA, alpha = 16": ("alpha: 16", "rslora: true"),
+}
+"""By convention: what a spec says whose reference it is."""
+
+
+def swept(convention: str, *, optimizer: str = "adamw", rungs: bool = True) -> tuple[str, list[object]]:
+    """A spec, and trials in whose own convention the best lr is 0.01 at every rank."""
+    alpha, rslora = REFERENCES[convention]
+    text = f"""\
+name: small
+task: {{type: digits}}
+lora: {{target_modules: [fc1, fc2], {rslora}}}
+parameters:
+  rank: {{values: [2, 4, 8, 16, 32]}}
+  lr: {{min: 1e-3, max: 1e-1}}
+  init_scale: {{min: 0.25, max: 4}}
+  {alpha}
+train: {{optimizer: {optimizer}, steps: 40, batch_size: 16}}
+"""
+    reference, rng, events = Reduction.of(parse_spec(text, "small.yaml").spec).reference, np.random.default_rng(0), []
+    for number in range(80):
+        rank = (2, 4, 8, 16, 32)[number % 5]
+        lr, init_scale = math.exp(rng.uniform(math.log(1e-3), math.log(1e-1))), math.exp(rng.uniform(-1.3, 1.3))
+        loss = math.exp(0.2 * math.log(lr / 0.01) ** 2 + 0.1 * math.log(init_scale) ** 2 + rng.normal(0, 0.02))
+        point = Configuration(rank=rank, alpha=reference.at(rank), lr=lr, init_scale=init_scale)
+        events += [TrialAsked(trial=number, values={}, configuration=point, class_id=f"c-{number}")]
+        if rungs:
+            events += [RungReported(trial=number, job=0, step=40, metrics={"eval/loss": loss})]
+            events += [TrialTold(trial=number, state="finished", value=loss)]
+    return text, events
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("convention", REFERENCES)
+def test_the_report_names_the_convention_that_frees_lr_from_rank(tmp_path: Path, convention: str, optimizer: str):
+    text, events = swept(convention, optimizer=optimizer)
+    report = build(record_with(tmp_path, *events, text=text))
+    expected = ("alpha = r", "alpha = 2r") if convention in ("alpha = r", "alpha = 2r") else (convention,)
+    assert report.rank_scaling.flattest == expected
+    # The best trial stands as it was trained in the convention that was the sweep's own.
+    (own,) = (one for one in report.rank_scaling.conventions if one.name == convention)
+    trained = {trial.trial: trial.configuration for trial in report.trials}
+    for seen, best in zip(report.rank_scaling.ranks, own.best, strict=True):
+        assert best.observed_lr == pytest.approx(trained[seen.best_trial].lr)
+        assert best.observed_init_scale == pytest.approx(trained[seen.best_trial].init_scale)
+        assert best.lr == pytest.approx(0.01, rel=0.25)
+
+
+def test_every_format_says_how_lr_moves_with_rank(tmp_path: Path):
+    text, events = swept("alpha = r")
+    report = build(record_with(tmp_path, *events, text=text))
+    for form in FORMATS:
+        assert "most nearly independent of rank with alpha = r or alpha = 2r" in render(report, form)
+    markdown, html = render(report, "md"), render(report, "html")
+    slope = report.rank_scaling.conventions[0].slope
+    for words in ("## How lr moves with rank", "| 32 | 16 | fitted | lr ", f"| {slope:+.2f} |", "step 40 of 40"):
+        assert words in markdown
+    svg = html[html.index("<h2>How lr moves with rank") :]
+    assert "The best learning rate over rank" in svg
+    assert json.loads(render(report, "json"))["rank_scaling"]["step"] == 40
+    assert type(report).model_validate_json(render(report, "json")) == report
+
+
+def test_losses_that_are_not_finite_take_no_part(tmp_path: Path):
+    text, events = swept("alpha = r")
+    lost = [
+        TrialAsked(trial=90, values={}, configuration=Configuration(rank=2, alpha=2.0, lr=0.01), class_id="c-90"),
+        RungReported(trial=90, job=0, step=40, metrics={"eval/loss": math.nan}),
+        TrialTold(trial=90, state="diverged", reason="because"),
+        *trial(91, "failed", None),
+    ]
+    found = build(record_with(tmp_path, *events, *lost, text=text)).rank_scaling
+    assert [rank.diverged for rank in found.ranks] == [1, 0, 0, 0, 0]
+    assert found.flattest == ("alpha = r", "alpha = 2r")
+
+
+def test_a_sweep_that_has_just_begun_has_nothing_to_say_of_rank(tmp_path: Path):
+    text, events = swept("alpha = r", rungs=False)
+    report = build(record_with(tmp_path, *events, text=text))
+    assert "No trial has reported a value yet" in report.rank_scaling.conclusion
+    for form in FORMATS:
+        assert "No trial has reported a value yet" in render(report, form)
+
+
+def test_a_constant_lr_is_said_to_be_one(tmp_path: Path):
+    text = SMALL_SPEC.replace("lr: {min: 1e-3, max: 1e-1}", "lr: 0.01")
+    report = build(record_with(tmp_path, *trial(0, "finished", 0.5), *trial(1, "finished", 0.4), text=text))
+    assert "lr is a constant" in report.rank_scaling.conclusion
+    assert "lr is a constant" in render(report, "html")
+
+
+def test_the_report_of_a_real_sweep_says_how_lr_moves_or_what_is_missing(finished: FinishedSweep):
+    report = build(record_of(finished.cwd))
+    found = report.rank_scaling
+    assert [rank.rank for rank in found.ranks] == [2, 4, 8]
+    assert found.step in report.plan.rungs
+    assert bool(found.flattest) != ("do not suffice" in found.conclusion)
+    for rank in found.ranks:
+        here = [one for one in report.trials if one.configuration.rank == rank.rank]
+        assert rank.trials <= len(here)
+    for form in ("md", "html"):
+        assert "How lr moves with rank" in render(report, form)

@@ -10,18 +10,18 @@ from lora_core import gauge
 from lora_core.adapter import Member
 from lora_core.gauge import LAWS, Gauge, Point, regauge
 from lora_core.optimizers import OptimizerConfig
-from lora_core.trajectory import Trajectory, compare
+from lora_core.trajectory import Trajectory, align, compare
 from tests.lora_core.support import TARGETS, Pack, make_point
 
 STEPS = 40
 CONFIGS = [
     OptimizerConfig("sgd"),
-    OptimizerConfig("sgd", momentum=0.9),
+    OptimizerConfig("sgd", {"momentum": 0.9}),
     OptimizerConfig("adam"),
     OptimizerConfig("adamw"),
 ]
 REPRESENTATIVE = make_point(rank=4, scaling=2.0, init_scale=1.5, lr=2e-2, eps=1e-6, weight_decay=0.03, clip_norm=0.16)
-by_optimizer = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.name}-{config.momentum}")
+by_optimizer = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join([config.name, *config.options]))
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
@@ -97,13 +97,11 @@ def test_the_clip_of_these_runs_does_clip(config):
 
 @pytest.mark.parametrize("constant", ["eps", "weight_decay"])
 def test_a_constant_left_behind_makes_a_difference(constant):
-    config, law = OptimizerConfig("adamw"), LAWS["adamw"]
-    twin = regauge(replace(REPRESENTATIVE, a=replace(REPRESENTATIVE.a, eps=1e-3)), Gauge.of_alpha(16), law)
-    point = regauge(twin, Gauge.of_alpha(1 / 16), law)
-    kept = getattr(point.a, constant)
-    wrong = replace(twin, a=replace(twin.a, **{constant: kept}), b=replace(twin.b, **{constant: kept}))
-    point = replace(point, b=point.a)
-    twin, wrong = replace(twin, b=twin.a), replace(wrong, b=wrong.a)
+    config = OptimizerConfig("adamw")
+    point = make_point(scaling=2.0, init_scale=1.5, lr=2e-2, eps=1e-3, weight_decay=0.03)
+    twin = regauge(point, Gauge.of_alpha(16), LAWS["adamw"])
+    left = {"eps": {"constants": point.a.constants}, "weight_decay": {"weight_decay": point.a.weight_decay}}[constant]
+    wrong = replace(twin, a=replace(twin.a, **left), b=replace(twin.b, **left))
     one = run(point, config)
     assert compare(one, run(twin, config), []).kind == "bit-identical"
     assert compare(one, run(wrong, config), controls(point, config)).kind == "different"
@@ -226,6 +224,58 @@ def test_where_a_control_diverges_rounding_may_do_so_too():
         verdict = compare(base, twin, [base, control])
         assert (verdict.kind, verdict.max_ratio) == ("identical up to rounding", 1.0)
         assert compare(base, trajectory(1.0, 1.01, math.inf), [base, control]).first_step == 2
+
+
+def test_a_verdict_says_where_the_runs_part_and_how_far():
+    base, control = trajectory(2.0, 2.0, 2.0, 2.0), trajectory(2.0, 2.0, 2.02, 2.0)
+    verdict = compare(base, trajectory(2.0, 2.002, 2.0, 3.0), [control], eps=1e-3)
+    assert (verdict.kind, verdict.first_difference, verdict.first_step) == ("different", 2, 4)
+    assert verdict.max_deviation == pytest.approx(0.5)
+    assert verdict.envelope == pytest.approx(1e-3 + 0.01)
+    assert verdict.max_ratio == pytest.approx(0.5 / 0.011)
+
+
+def test_a_bit_identical_twin_has_no_first_difference_and_no_deviation():
+    base = trajectory(2.0, 2.0)
+    verdict = compare(base, base, [], eps=2**-52)
+    assert (verdict.first_difference, verdict.max_deviation, verdict.envelope) == (None, 0.0, 2**-52)
+    assert compare(base, base, [trajectory(2.0, 2.2)], eps=0.0).envelope == pytest.approx(0.1)
+
+
+def test_one_bit_in_one_quantity_is_the_first_difference():
+    base, last_bit = trajectory(1.0, 1.0), trajectory(1.0, 1.0, norms=(1.0, 1.0 + 2**-52))
+    verdict = compare(base, last_bit, [base])
+    assert (verdict.kind, verdict.first_difference) == ("identical up to rounding", 2)
+    assert verdict.max_deviation == 2**-52
+
+
+def test_an_alignment_shows_each_step_of_the_quantity_that_is_farthest_out():
+    base = trajectory(1.0, 1.0, norms=(1.0, 1.0))
+    twin, control = trajectory(1.3, 1.0, norms=(1.2, 1.2)), trajectory(1.1, 1.0, norms=(1.02, 1.02))
+    found = align(base, twin, [control], eps=0.0)
+    assert found.deviation_T.tolist() == pytest.approx([0.2, 0.2])
+    assert found.envelope_T.tolist() == pytest.approx([0.02, 0.02])
+    assert found.ratio_T.tolist() == pytest.approx([10.0, 10.0])
+    assert found.deviation_TQ[0, 0] == pytest.approx(0.3)
+    assert found.verdict() == compare(base, twin, [control], eps=0.0)
+
+
+def test_an_alignment_without_controls_has_the_floor_for_an_envelope():
+    found = align(trajectory(1.0, 1.0), trajectory(1.0, 1.5), [], eps=1e-3)
+    assert found.envelope_T.tolist() == [1e-3, 1e-3]
+    assert found.deviation_T.tolist() == [0.0, 0.5]
+
+
+def test_a_twin_that_rounding_sent_the_other_way_is_heard_with_its_own_controls():
+    base, other_way = trajectory(1.0, 1.0, 1.0), trajectory(1.0, 1.5, 1.5)
+    controls = [trajectory(1.0, 1.0, 1.0 + 1e-7)] * 4
+    assert compare(base, other_way, controls).kind == "different"
+    back = trajectory(1.0, 1.0, 1.0)
+    heard = compare(base, other_way, controls, twin_controls=[other_way, back])
+    assert (heard.kind, heard.first_step) == ("identical up to rounding", None)
+    assert heard.envelope == pytest.approx(0.5 / 1.5)
+    own = [trajectory(1.0, 1.5 + 1e-7, 1.5)] * 4
+    assert compare(base, other_way, controls, twin_controls=own).first_step == 2, "its own controls are off with it"
 
 
 def test_a_verdict_about_rounding_needs_controls():

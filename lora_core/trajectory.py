@@ -8,8 +8,8 @@
 
 Training amplifies rounding: two runs that are equal in exact arithmetic part exponentially, and how fast depends on the
 model, the data and the learning rate. So no fixed tolerance tells "same up to rounding" from "different". Control
-runs do: the representative again, each element of its initial A moved by one unit in the last place. What rounding
-can do by step t is their envelope, for each quantity apart:
+runs do: the representative again, each element of its initial A and each of its constants moved by one unit in the
+last place (`control_of`). What rounding can do by step t is their envelope, for each quantity apart:
 
     deviation_TQ = |run - representative| / |representative|
     envelope_TQ  = eps + max over controls and over steps up to t of deviation_TQ
@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lora_core.adapter import LoraBank
-from lora_core.gauge import VerdictKind
+from lora_core.adapter import LoraBank, Member
+from lora_core.gauge import FactorSettings, VerdictKind
+from lora_core.seeds import stable_seed
 from lora_core.train import StepRecord
 
 FLOAT32_EPS = 2.0**-23
@@ -143,6 +144,41 @@ class Comparison:
         return values_TQ.gather(1, farthest_T1).squeeze(1)
 
 
+def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS) -> Member:
+    """Returns a member's control run: its initial A and all its constants moved by one unit in the last place.
+
+    The constants are moved too because a gauge rounds them anew, each in one direction for the whole run. That adds up
+    along the weights as the rounding of single elements of A does not.
+
+    Args:
+        member: a representative, or a twin.
+        seed: of the control: which way each number moves.
+        eps: precision of training's numbers.
+    """
+
+    def moved(name: str, value: float) -> float:
+        return value * (1 + eps if stable_seed("control", seed, name, repr(value)) % 2 else 1 - eps)
+
+    def settings(factor: FactorSettings) -> FactorSettings:
+        constants = {
+            name: tuple(moved(name, each) for each in value) if isinstance(value, tuple) else moved(name, value)
+            for name, value in factor.constants.items()
+        }
+        lr, weight_decay = moved("lr", factor.lr), moved("weight decay", factor.weight_decay)
+        return replace(factor, lr=lr, weight_decay=weight_decay, constants=constants)
+
+    point = member.point
+    point = replace(
+        point,
+        scaling=moved("scaling", point.scaling),
+        init_scale=moved("init scale", point.init_scale),
+        a=settings(point.a),
+        b=settings(point.b),
+        clip_norm=None if point.clip_norm is None else moved("clip norm", point.clip_norm),
+    )
+    return replace(member, point=point, perturbation_seed=seed)
+
+
 def record_trajectories(bank: LoraBank, steps: Iterable[StepRecord]) -> tuple[Trajectory, ...]:
     """Runs `steps` (from `train_pack`) to their end and returns the trajectory of each member, on the CPU.
 
@@ -173,9 +209,10 @@ def compare(
     Args:
         representative: the run that stands for the class.
         twin: another configuration of the class, really trained.
-        controls: the representative with its initial A perturbed by one unit in the last place. May be empty where the
-            gauge is exact in binary and nothing but bit-identity is expected.
-        twin_controls: the twin perturbed alike. Needed only for a twin that would be different without them.
+        controls: runs of the representative's `control_of`. May be empty where the gauge is exact in binary and nothing
+            but bit-identity is expected.
+        twin_controls: runs of the twin's `control_of`. Needed only for a twin that would be different without them. One
+            that ends early leaves the rest of the run out of the verdict.
         eps: floor of the envelope: the precision of training's numbers, 2**-23 for float32.
         threshold: how many envelopes still count as rounding.
 

@@ -1,7 +1,7 @@
 """Which classes get their twins really trained, and the certificate that comes of it.
 
 A certificate is the recorded proof that a class collapses: the representative and its twins at the other values of
-alpha, trained one by one over the same data, with every step's loss and update norm kept. Control runs, the
+alpha, trained over the same data (certifying.py), with every step's loss and update norm kept. Control runs, the
 representative with its init moved by one unit in the last place, say how far rounding alone would take them apart.
 """
 
@@ -37,6 +37,18 @@ class TwinVerdict(BaseModel):
     """Largest deviation in units of the rounding envelope; 0 if bit-identical."""
     first_step: int | None = None
     """The first step (from 1) outside the envelope; None unless different."""
+    first_difference: int | None = None
+    """The first step (from 1) at which any bit differs; None if bit-identical."""
+    max_deviation: float = 0.0
+    """Largest deviation from the representative, relative, over all steps, losses and update norms."""
+    envelope: float = 0.0
+    """How far rounding alone took the control runs apart: the largest over all steps, relative, floor included."""
+    cause: str | None = None
+    """Why it is different, as far as training it again with suspects removed could tell; None unless different."""
+    deviations: tuple[float, ...] = ()
+    """At each step, the relative deviation of the loss or update norm that is the most envelopes away."""
+    envelopes: tuple[float, ...] = ()
+    """At each step, the envelope of that same quantity."""
     losses: tuple[float, ...]
     """Training loss before each step."""
     update_norms: dict[str, tuple[float, ...]]
@@ -52,7 +64,7 @@ class TwinVerdict(BaseModel):
         twin = f"the twin at alpha {self.configuration.alpha:g}"
         if self.verdict == "different":
             step = "" if self.first_step is None else f" from step {self.first_step}"
-            return f"{twin} is different{step}"
+            return f"{twin} is different{step}" + (f": {self.cause}" if self.cause else "")
         if self.exact_in_binary and self.verdict != "bit-identical":
             return f"{twin} is exact in binary and had to be bit-identical, but is {self.verdict}"
         return None
@@ -64,14 +76,16 @@ class Certificate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     class_id: str
-    trial: int
-    """The trial whose class it is."""
+    trial: int | None = None
+    """The trial whose class it is; None where it was not a sweep that certified it."""
     steps: int
     representative: Configuration
     losses: tuple[float, ...]
     update_norms: dict[str, tuple[float, ...]]
     controls: int
     """How many control runs made the envelope."""
+    deterministic: bool = True
+    """Whether the representative, trained a second time, was the same run to the last bit."""
     twins: tuple[TwinVerdict, ...]
 
     @property
@@ -82,7 +96,13 @@ class Certificate(BaseModel):
     @property
     def faults(self) -> tuple[str, ...]:
         """Why it does not hold: a sentence for each twin that speaks against it."""
-        return tuple(twin.fault for twin in self.twins if twin.fault is not None)
+        faults = tuple(twin.fault for twin in self.twins if twin.fault is not None)
+        if faults and not self.deterministic:
+            return (
+                f"training is not deterministic here: {self.representative.label()} twice was not the same",
+                *faults,
+            )
+        return faults
 
 
 def choose(

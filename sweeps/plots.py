@@ -134,7 +134,7 @@ def _best_over_rank(
         xs, ys = [rank * nudge for rank, _ in fitted], [lr for _, lr in fitted]
         axis.errorbar(xs, ys, yerr=list(zip(*bars, strict=True)), color=colour, fmt="o", ms=4, lw=1.1, capsize=2)
     if convention.slope is not None and convention.middle_lr is not None and convention.middle_rank is not None:
-        label += f"\nlr ~ rank^{convention.slope:+.2f} ({convention.low:+.2f} to {convention.high:+.2f})"
+        label += f"\nlr ~ rank^{convention.slope:z.2f} ({convention.low:z.2f} to {convention.high:z.2f})"
         ends = [min(errors), max(errors)]
         line = [convention.middle_lr * (rank / convention.middle_rank) ** convention.slope for rank in ends]
         axis.plot([rank * nudge for rank in ends], line, color=colour, lw=1.4, label=label)

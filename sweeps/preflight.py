@@ -14,13 +14,12 @@ from lora_core import cost
 from lora_core.adapter import LoraBank, Member
 from lora_core.optimizers import PackOptimizer
 from lora_core.targets import NoTargetError, find_targets
-from lora_core.train import train_pack
 from sweeps.errors import SpecError
+from sweeps.recipe import optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration, SearchSpace
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.tasks import Task, load_task
-from sweeps.training import losses_of, optimizer_of, schedule_of
 
 _TIMED_LR = 1e-6
 """Small enough for any model to stay finite; what a step costs does not depend on it."""
@@ -81,10 +80,10 @@ def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, p
     torch.set_num_threads(1)
     try:
         with LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
-            optimizer, losses_K = PackOptimizer(bank, optimizer_of(spec)), losses_of(spec, task, members=pack)
+            optimizer = PackOptimizer(bank, optimizer_of(spec))
             stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
             ticks = [time.perf_counter()]
-            for _ in train_pack(bank, optimizer, losses_K, start=0, stop=stop, schedule=schedule_of(spec)):
+            for _ in steps_of(spec, task, optimizer, start=0, stop=stop):
                 ticks.append(time.perf_counter())
     finally:
         torch.set_num_threads(threads)

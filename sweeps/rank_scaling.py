@@ -200,10 +200,7 @@ def _conclude(fit: LrFit, slopes: Sequence[ConventionSlope], lr_searched: bool) 
     if len(fit.ranks) == 1:
         return (), f"Only rank {fit.ranks[0].rank} has trials, so they say nothing of how lr should move with rank."
     if not lr_searched:
-        return (
-            (),
-            "lr is a constant of this sweep, so its trials do not say which lr is best; search it (lr: {min, max}).",
-        )
+        return (), "lr is a constant of this sweep, so its trials do not say which lr is best; search lr."
     located = [rank for rank in fit.ranks if not rank.missing]
     missing = [rank for rank in fit.ranks if rank.missing]
     lacking = "The trials do not suffice to say in which convention lr is most nearly independent of rank: "
@@ -219,7 +216,7 @@ def _conclude(fit: LrFit, slopes: Sequence[ConventionSlope], lr_searched: bool) 
     # Equal slopes win together: the exact differences between conventions make alpha = r and alpha = 2r one.
     winners = [slope for slope in slopes if slope.share == best.share]
     names = _joined([slope.name for slope in winners], "or")
-    others = ", ".join(f"{slope.slope:+.2f} with {slope.name}" for slope in slopes if slope not in winners)
+    others = ", ".join(f"rank^{slope.slope:z.2f} with {slope.name}" for slope in slopes if slope not in winners)
     return tuple(slope.name for slope in winners), (
         f"On this task lr is most nearly independent of rank with {names}: the best lr goes like "
         f"rank^{_interval(best)}, and no other slope is flatter in {100 * best.share:.0f} % of the replicates. "
@@ -245,16 +242,16 @@ def _narrow(slopes: Sequence[ConventionSlope]) -> bool:
 
 
 def _too_wide(slopes: Sequence[ConventionSlope]) -> str:
+    interval = f"the interval of the slope is too wide (rank^{_interval(slopes[0])} with {slopes[0].name})"
+    if not _narrow(slopes):
+        return f"{interval}, more than twice as wide as the conventions are apart."
     contenders = [slope for slope in slopes if (slope.share or 0.0) >= (1 - LEVEL) / 2]
     names = _joined([f"{slope.name} ({100 * (slope.share or 0.0):.0f} %)" for slope in contenders], "and")
-    return (
-        f"the interval of the slope is too wide (rank^{_interval(slopes[0])} with {slopes[0].name}). By the share of "
-        f"replicates in which it is the flattest it may be {names or 'any'}."
-    )
+    return f"{interval}. By the share of replicates in which it is the flattest it may be {names or 'any'}."
 
 
 def _interval(slope: ConventionSlope) -> str:
-    return f"{slope.slope:+.2f}, 95 % interval {slope.low:+.2f} to {slope.high:+.2f}"
+    return f"{slope.slope:z.2f}, 95 % interval {slope.low:z.2f} to {slope.high:z.2f}"
 
 
 def _why(missing: Sequence[RankFit]) -> str:

@@ -271,7 +271,7 @@ def _templates() -> jinja2.Environment:
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["counts"] = counts_in_words
     environment.filters["error"] = _error_in_words
-    environment.filters["signed"] = lambda value: "–" if value is None else f"{value:+.2f}"
+    environment.filters["signed"] = lambda value: "–" if value is None else f"{value:z.2f}"
     return environment
 
 
@@ -283,8 +283,8 @@ def _rest_in_words(point: Configuration | Best) -> str:
 
 
 def _error_in_words(error: float | None) -> str:
-    """The standard error of a logarithm, as the factor that it is: ` ×÷ 1.3`."""
-    return "" if error is None else f" ×÷ {math.exp(error):.2g}"
+    """The standard error of a logarithm, as the factor that it is: ` ×÷ 1.35`."""
+    return "" if error is None else f" ×÷ {math.exp(error):.3g}"
 
 
 def counts_in_words(counts: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
-from sweeps.training import losses_of, optimizer_of, schedule_of
+from sweeps.recipe import losses_of, optimizer_of, schedule_of
 from tests.conftest import FinishedSweep
 from tests.support import record_of, run_json
 

@@ -245,9 +245,10 @@ def test_a_ridge_of_lr_and_init_scale_is_no_surface():
 
 def test_a_slope_that_could_be_anything_names_no_extreme():
     # The steepest convention is the flattest in most replicates, for no better reason than that it is the extreme.
-    for seed in range(5):
-        found = asked(trials(valley(-3.0, middle=math.log(0.03)), seed=seed, noise=1.0, count=9, ranks=(4, 8, 16)))
-        assert found.flattest == ()
+    found = asked(trials(valley(-4.0), noise=0.2, count=30, ranks=(6, 7, 8)))
+    assert found.conventions[0].share >= 0.95
+    assert found.conventions[0].high - found.conventions[0].low > 1
+    lacks(found, "more than twice as wide as the conventions are apart")
 
 
 @pytest.mark.parametrize(

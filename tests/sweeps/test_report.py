@@ -197,7 +197,7 @@ def test_every_format_says_how_lr_moves_with_rank(tmp_path: Path):
         assert "most nearly independent of rank with alpha = r or alpha = 2r" in render(report, form)
     markdown, html = render(report, "md"), render(report, "html")
     slope = report.rank_scaling.conventions[0].slope
-    for words in ("## How lr moves with rank", "| 32 | 16 | fitted | lr ", f"| {slope:+.2f} |", "step 40 of 40"):
+    for words in ("## How lr moves with rank", "| 32 | 16 | fitted | lr ", f"| {slope:.2f} |", "step 40 of 40"):
         assert words in markdown
     svg = html[html.index("<h2>How lr moves with rank") :]
     assert "The best learning rate over rank" in svg

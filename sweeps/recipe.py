@@ -1,0 +1,44 @@
+"""How a spec's trials are trained, in the terms of lora_core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lora_core.optimizers import OptimizerConfig, PackOptimizer
+from lora_core.train import Schedule, StepRecord, batch_indices, train_pack
+from sweeps.spec import SweepSpec
+from sweeps.tasks import Task
+
+
+def steps_of(spec: SweepSpec, task: Task, optimizer: PackOptimizer, *, start: int, stop: int) -> Iterator[StepRecord]:
+    """Trains a pack from one step to another, as the spec says; see `train_pack`."""
+    return train_pack(
+        optimizer.bank,
+        optimizer,
+        losses_of(spec, task, members=len(optimizer.bank.members)),
+        start=start,
+        stop=stop,
+        schedule=schedule_of(spec),
+        accumulation=spec.train.accumulation,
+    )
+
+
+def losses_of(spec: SweepSpec, task: Task, *, members: int) -> Callable[[int], torch.Tensor]:
+    """The losses of a pack [K] as a function of the batch's number, over the spec's data order."""
+
+    def losses_K(batch: int) -> torch.Tensor:
+        return task.losses_K(batch_indices(task.n_samples, spec.train.batch_size, batch, spec.train.seed), members)
+
+    return losses_K
+
+
+def optimizer_of(spec: SweepSpec) -> OptimizerConfig:
+    """The kind of optimizer that a spec asks for."""
+    return OptimizerConfig(spec.train.optimizer, spec.train.settings)
+
+
+def schedule_of(spec: SweepSpec) -> Schedule:
+    """The learning-rate schedule that a spec asks for."""
+    return Schedule(spec.train.schedule, spec.train.steps, spec.train.warmup_steps)

@@ -258,7 +258,8 @@ class LoraBank:
         for k, member in enumerate(self.members):
             for slot in self.slots:
                 if slot.factor == "lora_A":
-                    a_RI = initial_a(init, member, slot.layer, slot.width, self.params_KP.dtype)
+                    compute = self.layers[slot.layer].weight.dtype
+                    a_RI = initial_a(init, member, slot.layer, slot.width, self.params_KP.dtype, compute=compute)
                     slot.of_member(self.params_KP[k], member.point.rank).copy_(a_RI)
         for layer in self.layers.values():
             if layer.m_KO is not None:

@@ -38,12 +38,23 @@ class Member:
     perturbation_seed: int | None = None
 
 
-def initial_a(init: Init, member: Member, layer: str, d_in: int, dtype: torch.dtype) -> Tensor:
+def initial_a(
+    init: Init, member: Member, layer: str, d_in: int, dtype: torch.dtype, *, compute: torch.dtype | None = None
+) -> Tensor:
     """Returns a member's initial A [r, d_in] for one layer, on the CPU.
 
     The base draw depends on the member's seed, the layer's name, r and d_in alone, and is made in float32 whatever the
     dtype, so twins start from the same one. `kaiming_uniform` is U(-1, 1) / sqrt(d_in), which is what PEFT's
     kaiming_uniform_(a=sqrt(5)) comes to; `gaussian` has standard deviation 1 / r.
+
+    Args:
+        init: the base draw.
+        member: whose.
+        layer: its full name.
+        d_in: I.
+        dtype: that A is kept in.
+        compute: that the layer computes in, where it is narrower: a perturbation is one of its units in the last place,
+            because a smaller one would be lost in the cast.
     """
     rank = member.point.rank
     draws, a_RI = generator("lora_A", member.seed, layer, rank, d_in), torch.empty(rank, d_in)
@@ -56,5 +67,6 @@ def initial_a(init: Init, member: Member, layer: str, d_in: int, dtype: torch.dt
         return a_RI
     coins = generator("perturbation", member.perturbation_seed, layer, rank, d_in)
     up = torch.rand(rank, d_in, generator=coins) < 0.5
-    infinity = torch.full_like(a_RI, math.inf)
-    return torch.nextafter(a_RI, torch.where(up, infinity, -infinity))
+    narrow_RI = a_RI if compute is None or torch.finfo(compute).eps <= torch.finfo(dtype).eps else a_RI.to(compute)
+    infinity = torch.full_like(narrow_RI, math.inf)
+    return torch.nextafter(narrow_RI, torch.where(up, infinity, -infinity)).to(dtype)

@@ -23,6 +23,10 @@ the twin. If rounding sends a fraction p of all runs to the one side, the chance
 p (1 - p)**(1 + C) + p**(1 + C) (1 - p), 7% at worst with four controls; with four more of the twin it is
 2 (p (1 - p))**(1 + C), 0.2% at worst. A twin that is off gains nothing: its own controls are off with it.
 
+Where rounding alone has moved a quantity by a tenth (`HORIZON`), ten envelopes are as much as the quantity itself: from
+there on it tells nothing. A run that blows up may reach that within steps; the verdict is on what came before, and says
+where that ended.
+
 `benchmarks/verdicts.py` measures both error rates, docs/LOG.md has them; the threshold of 10 is from there.
 """
 
@@ -42,6 +46,7 @@ from lora_core.train import StepRecord
 
 FLOAT32_EPS = 2.0**-23
 THRESHOLD = 10.0
+HORIZON = 0.1
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Verdict:
             if bit-identical.
         max_deviation: the largest relative deviation over steps and quantities; 0 if bit-identical.
         envelope: the largest over steps and quantities: how far rounding alone took the controls, floor included.
+        horizon: the first step (from 1) at which rounding alone decides one of the quantities, which is not judged from
+            there on; None if there is none.
     """
 
     kind: VerdictKind
@@ -89,6 +96,7 @@ class Verdict:
     first_difference: int | None = None
     max_deviation: float = 0.0
     envelope: float = FLOAT32_EPS
+    horizon: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class Comparison:
     def verdict(self, threshold: float = THRESHOLD) -> Verdict:
         """The verdict, with that many envelopes counting as rounding."""
         outside = (self.ratio_T > threshold).nonzero().flatten().tolist()
+        beyond = (self.envelope_TQ >= HORIZON).any(dim=1).nonzero().flatten().tolist()
         kind: VerdictKind = "different" if outside else "identical up to rounding"
         return Verdict(
             kind if self.first_difference else "bit-identical",
@@ -131,13 +140,15 @@ class Comparison:
             first_difference=self.first_difference,
             max_deviation=float(self.deviation_TQ.max()),
             envelope=float(self.envelope_TQ.max()),
+            horizon=int(beyond[0]) + 1 if beyond else None,
         )
 
     @property
     def _ratio_TQ(self) -> Tensor:
-        """0 / 0 is 0, and infinite / infinite just reaches the envelope: 1."""
+        """0 / 0 is 0; infinite / infinite just reaches the envelope, 1, and so does all that lies beyond the horizon."""
         ratio_TQ = (self.deviation_TQ / self.envelope_TQ).masked_fill(self.deviation_TQ == 0, 0.0)
-        return ratio_TQ.masked_fill(self.deviation_TQ.isinf() & self.envelope_TQ.isinf(), 1.0)
+        ratio_TQ = ratio_TQ.masked_fill(self.deviation_TQ.isinf() & self.envelope_TQ.isinf(), 1.0)
+        return torch.where(self.envelope_TQ < HORIZON, ratio_TQ, ratio_TQ.clamp(max=1.0))
 
     def _of_the_farthest(self, values_TQ: Tensor) -> Tensor:
         farthest_T1 = self._ratio_TQ.argmax(dim=1, keepdim=True)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_core import __version__
+from services.certifying import certify
+from services.translating import translate
 from sweeps.errors import InputError, SpecError, SweepNotFoundError
 
 if TYPE_CHECKING:
@@ -105,11 +107,12 @@ def validate(spec: Path, as_json: bool) -> None:
 
 
 @cli.command()
-def schema() -> None:
-    """Print the JSON schema of a spec, for editors."""
-    from sweeps.spec import json_schema
+@click.argument("what", type=click.Choice(["spec", "certificate"]), default="spec")
+def schema(what: str) -> None:
+    """Print the JSON schema of a spec (the default), for editors, or of a certificate."""
+    from sweeps import certificates, spec
 
-    _print_json(json_schema())
+    _print_json(certificates.json_schema() if what == "certificate" else spec.json_schema())
 
 
 @cli.command()
@@ -201,6 +204,12 @@ def export(sweep: str, form: str, output: Path | None, as_json: bool) -> None:
         _print_json({"sweep": record.id, "format": form, "files": [str(path) for path in written]})
     else:
         click.echo("\n".join(map(str, written)))
+
+
+cli.add_command(certify)
+
+
+cli.add_command(translate)
 
 
 def _record(sweep: str) -> SweepRecord:

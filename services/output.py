@@ -49,6 +49,13 @@ class Watcher:
         """A new stage."""
         self._show(text, final=not self._terminal)
 
+    def share(self, what: str, done: int, of: int) -> None:
+        """How much of a long piece of work is done."""
+        now_s = time.monotonic()
+        if self._terminal or now_s - self._last_s >= _LINE_EVERY_S:
+            self._last_s = now_s
+            self._show(f"{what} {done:,} of {of:,} steps ({100 * done / of:.0f} %)", final=not self._terminal)
+
     def events(self, sweep: str, events: list[Event]) -> None:
         """Counts what happened and shows it."""
         for event in events:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -26,13 +27,23 @@ from lora_core.adapter import LoraBank, Member
 from lora_core.causes import find_cause, misplaced
 from lora_core.gauge import Point
 from lora_core.optimizers import PackOptimizer
-from lora_core.trajectory import Comparison, Trajectory, align, record_trajectories
+from lora_core.trajectory import (
+    FLOAT32_EPS,
+    Comparison,
+    Trajectory,
+    Verdict,
+    align,
+    control_of,
+    record_trajectories,
+)
 from sweeps.collapse import CONTROLS, Certificate, TwinVerdict
 from sweeps.recipe import optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
 from sweeps.tasks import Task
+
+_CONTROL_SEEDS = range(1, CONTROLS + 1)
 
 _MOST_RERUNS = 15
 """Runs that the search for a cause may take: all there are for four suspects."""
@@ -86,6 +97,23 @@ def certify(
     yield from (of[i] for i in range(len(classes)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A run, and how far rounding takes it."""
+
+    run: Trajectory
+    controls: Sequence[Trajectory]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """A pack of twins, a class a place; one that has no more of them has its representative there."""
+
+    configurations: tuple[Configuration, ...]
+    runs: list[Trajectory]
+    controls: Callable[[], list[tuple[Trajectory, ...]]]
+
+
 class _Bench:
     """Runs packs and judges them."""
 
@@ -100,15 +128,13 @@ class _Bench:
         """Certifies the classes of one pack."""
         representatives = [order.representative for order in classes]
         first, again = self._run(representatives), self._run(representatives)
-        controls = [self._run(representatives, seed) for seed in range(1, CONTROLS + 1)]
-        most = max(len(order.twins) for order in classes)
-        twins = [[(*order.twins, *[order.representative] * most)[i] for order in classes] for i in range(most)]
-        trained = [self._run(configurations) for configurations in twins]
+        controls = list(zip(*(self._run(representatives, seed) for seed in _CONTROL_SEEDS), strict=True))
+        rounds = [
+            self._round([order.twins[i] if i < len(order.twins) else order.representative for order in classes])
+            for i in range(max(len(order.twins) for order in classes))
+        ]
+        sides = [_Side(run, of_run) for run, of_run in zip(first, controls, strict=True)]
         for k, order in enumerate(classes):
-            judged = [
-                self._judge(order, k, twin, first[k], trained[i][k], [control[k] for control in controls], twins[i])
-                for i, twin in enumerate(order.twins)
-            ]
             yield Certificate(
                 class_id=order.class_id,
                 trial=order.trial,
@@ -117,54 +143,44 @@ class _Bench:
                 losses=tuple(first[k].losses.tolist()),
                 update_norms=self._by_layer(first[k]),
                 controls=CONTROLS,
-                deterministic=align(first[k], again[k], []).first_difference is None,
-                twins=tuple(judged),
+                repeat=self._compare(sides[k], _Side(again[k], ())).verdict().kind,
+                twins=tuple(self._judge(order, k, sides[k], each) for each in rounds[: len(order.twins)]),
             )
 
-    def _judge(
-        self,
-        order: ClassOrder,
-        place: int,
-        twin: Configuration,
-        representative: Trajectory,
-        trajectory: Trajectory,
-        controls: Sequence[Trajectory],
-        pack: Sequence[Configuration],
-    ) -> TwinVerdict:
-        found = align(representative, trajectory, controls, eps=self._eps)
-        cause = None
+    def _round(self, configurations: Sequence[Configuration]) -> _Round:
+        # Controls of twins are trained if any twin of the round needs them.
+        controls = cache(lambda: list(zip(*(self._run(configurations, seed) for seed in _CONTROL_SEEDS), strict=True)))
+        return _Round(tuple(configurations), self._run(configurations), controls)
+
+    def _judge(self, order: ClassOrder, place: int, representative: _Side, twins: _Round) -> TwinVerdict:
+        run, cause = twins.runs[place], None
+        found = self._compare(representative, _Side(run, ()))
         if found.verdict().kind == "different":
             # Before it is called different, rounding is asked on the twin's own side too (trajectory.py).
-            own = [self._run(pack, seed)[place] for seed in range(1, CONTROLS + 1)]
-            found = align(representative, trajectory, controls, twin_controls=own, eps=self._eps)
+            twin = _Side(run, twins.controls()[place])
+            found = self._compare(representative, twin)
             if found.verdict().kind == "different":
-                cause = self._cause(order, place, twin, representative, [*controls], own, pack)
-        return self._verdict(order, twin, trajectory, found, cause)
+                cause = self._cause(order, place, representative, twin, twins.configurations)
+        return self._verdict(order, twins.configurations[place], run, found, cause)
 
     def _cause(
-        self,
-        order: ClassOrder,
-        place: int,
-        twin: Configuration,
-        representative: Trajectory,
-        controls: Sequence[Trajectory],
-        own: Sequence[Trajectory],
-        pack: Sequence[Configuration],
+        self, order: ClassOrder, place: int, representative: _Side, twin: _Side, pack: Sequence[Configuration]
     ) -> str:
         """Why a twin is different: trains it again at its place, with constants put where the law wants them."""
-        reduction = self._reduction
-        here, there = reduction.point(order.representative), reduction.point(twin)
-        suspects = misplaced(here, there, reduction.law, reduction.gauge_between(order.representative, twin))
+        reduction, seed = self._reduction, self._spec.train.seed
+        points = [reduction.point(configuration) for configuration in pack]
+        gauge = reduction.gauge_between(order.representative, pack[place])
+        suspects = misplaced(reduction.point(order.representative), points[place], reduction.law, gauge)
 
-        def again(point: Point) -> Comparison:
-            points = [reduction.point(configuration) for configuration in pack]
-            points[place] = point
-            trajectory = self._train([Member(each, self._spec.train.seed) for each in points])[place]
-            return align(representative, trajectory, controls, twin_controls=own, eps=self._eps)
+        def verdict_of(point: Point) -> Verdict:
+            members = [Member(point if k == place else other, seed) for k, other in enumerate(points)]
+            return self._compare(representative, _Side(self._train(members)[place], twin.controls)).verdict()
 
         remedies = {suspect.name: suspect.put_right for suspect in suspects}
-        found = find_cause(lambda point: again(point).verdict(), remedies, there, max_reruns=_MOST_RERUNS)
-        return found.text
+        return find_cause(verdict_of, remedies, points[place], max_reruns=_MOST_RERUNS).text
+
+    def _compare(self, representative: _Side, twin: _Side) -> Comparison:
+        return align(representative.run, twin.run, representative.controls, twin_controls=twin.controls, eps=self._eps)
 
     def _verdict(
         self, order: ClassOrder, twin: Configuration, run: Trajectory, found: Comparison, cause: str | None
@@ -179,6 +195,7 @@ class _Bench:
             first_difference=verdict.first_difference,
             max_deviation=verdict.max_deviation,
             envelope=verdict.envelope,
+            horizon=verdict.horizon,
             cause=cause,
             deviations=tuple(found.deviation_T.tolist()),
             envelopes=tuple(found.envelope_T.tolist()),
@@ -187,8 +204,12 @@ class _Bench:
         )
 
     def _run(self, configurations: Sequence[Configuration], perturbation_seed: int | None = None) -> list[Trajectory]:
-        seed, point = self._spec.train.seed, self._reduction.point
-        return self._train([Member(point(each), seed, perturbation_seed) for each in configurations])
+        members = [Member(self._reduction.point(each), self._spec.train.seed) for each in configurations]
+        if perturbation_seed is not None:
+            # Constants are numbers of 64 bits, and weights of 32 at least, whatever the model computes in.
+            eps = min(self._eps, FLOAT32_EPS)
+            members = [control_of(member, perturbation_seed, eps=eps) for member in members]
+        return self._train(members)
 
     def _train(self, members: Sequence[Member]) -> list[Trajectory]:
         lora = self._spec.lora

@@ -43,6 +43,9 @@ class TwinVerdict(BaseModel):
     """Largest deviation from the representative, relative, over all steps, losses and update norms."""
     envelope: float = 0.0
     """How far rounding alone took the control runs apart: the largest over all steps, relative, floor included."""
+    horizon: int | None = None
+    """The first step (from 1) at which rounding alone decides a loss or an update norm, which is not judged from there
+    on; None if there is none."""
     cause: str | None = None
     """Why it is different, as far as training it again with suspects removed could tell; None unless different."""
     deviations: tuple[float, ...] = ()
@@ -84,8 +87,9 @@ class Certificate(BaseModel):
     update_norms: dict[str, tuple[float, ...]]
     controls: int
     """How many control runs made the envelope."""
-    deterministic: bool = True
-    """Whether the representative, trained a second time, was the same run to the last bit."""
+    repeat: VerdictKind = "bit-identical"
+    """The verdict on the representative trained a second time: anything else means that training is not deterministic
+    here."""
     twins: tuple[TwinVerdict, ...]
 
     @property
@@ -97,7 +101,7 @@ class Certificate(BaseModel):
     def faults(self) -> tuple[str, ...]:
         """Why it does not hold: a sentence for each twin that speaks against it."""
         faults = tuple(twin.fault for twin in self.twins if twin.fault is not None)
-        if faults and not self.deterministic:
+        if faults and self.repeat != "bit-identical":
             return (
                 f"training is not deterministic here: {self.representative.label()} twice was not the same",
                 *faults,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,19 +78,25 @@ def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, p
     rank = max(reduction.space.ranks)
     configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR)
     members = [Member(reduction.point(configuration), spec.train.seed)] * pack
+    with one_thread(), LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
+        optimizer = PackOptimizer(bank, optimizer_of(spec))
+        stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
+        ticks = [time.perf_counter()]
+        for _ in steps_of(spec, task, optimizer, start=0, stop=stop):
+            ticks.append(time.perf_counter())
+    steps = sorted(after - before for before, after in itertools.pairwise(ticks))
+    return steps[len(steps) // 2] / pack
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch use one thread, as a worker of several does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
-            optimizer = PackOptimizer(bank, optimizer_of(spec))
-            stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
-            ticks = [time.perf_counter()]
-            for _ in steps_of(spec, task, optimizer, start=0, stop=stop):
-                ticks.append(time.perf_counter())
+        yield
     finally:
         torch.set_num_threads(threads)
-    steps = sorted(after - before for before, after in itertools.pairwise(ticks))
-    return steps[len(steps) // 2] / pack
 
 
 def local_workers(spec: SweepSpec) -> int:

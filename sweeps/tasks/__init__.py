@@ -6,6 +6,7 @@ file here with a class that follows `Task`, and a line in `load_task`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,10 @@ class Task(Protocol):
     @property
     def n_samples(self) -> int:
         """Size of the training set."""
+
+    @property
+    def data(self) -> Mapping[str, Tensor]:
+        """All that is trained and evaluated on, by name: what a certificate takes the hash of."""
 
     def most_rows(self, batch_size: int) -> int:
         """The most rows that a member brings to a layer at once, in training or in evaluation."""

@@ -77,6 +77,12 @@ class DigitsTask:
         """Size of the training set."""
         return len(self._train[1])
 
+    @property
+    def data(self) -> dict[str, Tensor]:
+        """Images and labels of both sets."""
+        names = ("images", "labels", "held-out images", "held-out labels")
+        return dict(zip(names, (*self._train, *self._held_out), strict=True))
+
     def most_rows(self, batch_size: int) -> int:
         """The batch, or the whole held-out set."""
         return max(batch_size, len(self._held_out[1]))

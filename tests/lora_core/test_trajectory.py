@@ -10,7 +10,7 @@ from lora_core import gauge
 from lora_core.adapter import Member
 from lora_core.gauge import LAWS, Gauge, Point, regauge
 from lora_core.optimizers import OptimizerConfig
-from lora_core.trajectory import Trajectory, align, compare
+from lora_core.trajectory import Trajectory, align, compare, control_of
 from tests.lora_core.support import TARGETS, Pack, make_point
 
 STEPS = 40
@@ -35,7 +35,8 @@ def train(point: Point, config: OptimizerConfig, *, dtype=torch.float32, perturb
 
 
 def controls(point: Point, config: OptimizerConfig, *, dtype=torch.float32) -> list[Trajectory]:
-    return [run(point, config, dtype=dtype, perturbation_seed=seed) for seed in range(4)]
+    members = [control_of(Member(point, 7), seed, eps=torch.finfo(dtype).eps) for seed in range(4)]
+    return [run(member.point, config, dtype=dtype, perturbation_seed=member.perturbation_seed) for member in members]
 
 
 # -- the law, trained --------------------------------------------------------------------------------------------------
@@ -148,6 +149,24 @@ def test_controls_packed_together_give_the_verdicts_of_controls_run_alone():
     one = run(REPRESENTATIVE, config)
     twin = run(regauge(REPRESENTATIVE, Gauge.of_alpha(2), LAWS["adamw"]), config)
     assert compare(one, twin, packed).kind == "identical up to rounding"
+
+
+def test_a_control_run_moves_every_constant_by_one_unit_in_the_last_place():
+    point = replace(REPRESENTATIVE, b=replace(REPRESENTATIVE.b, lr=0.08))
+    found = [control_of(Member(point, 7), seed) for seed in range(8)]
+    assert {member.perturbation_seed for member in found} == set(range(8))
+    assert {member.seed for member in found} == {7}
+    for name in ("scaling", "init_scale", "clip_norm"):
+        factors = {getattr(member.point, name) / getattr(point, name) for member in found}
+        assert sorted(factors) == pytest.approx([1 - 2**-23, 1 + 2**-23], rel=1e-12)
+    for name in ("lr", "weight_decay", "eps"):
+        factors = {getattr(member.point.a, name) / getattr(point.a, name) for member in found}
+        assert sorted(factors) == pytest.approx([1 - 2**-23, 1 + 2**-23], rel=1e-12)
+    assert all(member.point.a.weight_decay == member.point.b.weight_decay for member in found), "equal stays equal"
+    double = control_of(Member(point, 7), 0, eps=2**-52).point.scaling / point.scaling
+    assert abs(double - 1) == pytest.approx(2**-52, rel=0.6)
+    assert control_of(Member(replace(point, clip_norm=None), 7), 0).point.clip_norm is None
+    assert control_of(Member(point, 7), 3) == control_of(Member(point, 7), 3)
 
 
 # -- the verdict's own arithmetic --------------------------------------------------------------------------------------
@@ -276,6 +295,13 @@ def test_a_twin_that_rounding_sent_the_other_way_is_heard_with_its_own_controls(
     assert heard.envelope == pytest.approx(0.5 / 1.5)
     own = [trajectory(1.0, 1.5 + 1e-7, 1.5)] * 4
     assert compare(base, other_way, controls, twin_controls=own).first_step == 2, "its own controls are off with it"
+
+
+def test_own_controls_that_end_early_decide_only_what_they_saw():
+    base, controls = trajectory(1.0, 1.0, 1.0), [trajectory(1.0, 1.0, 1.0)]
+    early, late = trajectory(1.0, 1.5, 1.5), trajectory(1.0, 1.0, 1.5)
+    assert compare(base, early, controls, twin_controls=[trajectory(1.0, 1.5)]).first_step == 2
+    assert compare(base, late, controls, twin_controls=[trajectory(1.0, 1.0)]).kind == "identical up to rounding"
 
 
 def test_a_verdict_about_rounding_needs_controls():

@@ -20,6 +20,8 @@ Assumptions, each on the safe side or small unless said otherwise:
 
 - Layers run in the order given, each once a step. Only linear layers are counted: no attention scores, norms,
   activation functions, embeddings or loss (so real steps take more FLOPs than this).
+- DoRA keeps one more output of each adapted layer, and its row norms take 2 K R I O FLOPs more; LoRA dropout keeps a
+  mask of one byte an element; both together take the base's forward product twice. `step_flops` counts none of these.
 - An adapted layer keeps its input for the backward pass, its own copy (layers that share an input, such as q, k and
   v, share that copy in truth). What follows a layer keeps that layer's output once; where it is fused or recomputed
   it keeps less.
@@ -141,6 +143,8 @@ def member_bytes(
     optimizer_states: int,
     adapter_itemsize: int = 4,
     activation_itemsize: int = 4,
+    dora: bool = False,
+    dropout: bool = False,
 ) -> MemberBytes:
     """Bytes that one more member of rank R with M rows adds.
 
@@ -151,10 +155,13 @@ def member_bytes(
         optimizer_states: tensors of a weight's size that the optimizer keeps for it (`OptimizerLaw.states_with`).
         adapter_itemsize: bytes of an adapter weight, and of what the adapters' own path keeps.
         activation_itemsize: bytes of an activation of the base model.
+        dora: whether it has magnitudes.
+        dropout: whether its inputs are dropped.
     """
     adapted = [layer for layer in layers if layer.adapted]
-    weights = sum(rank * (layer.d_in + layer.d_out) for layer in adapted) * adapter_itemsize
-    kept_by_adapters = sum(layer.d_in + rank for layer in adapted) * adapter_itemsize
+    d_in, d_out = (sum(getattr(layer, side) for layer in adapted) for side in ("d_in", "d_out"))
+    weights = (rank * (d_in + d_out) + dora * d_out) * adapter_itemsize
+    kept_by_adapters = (d_in + rank * len(adapted) + dora * d_out) * adapter_itemsize + dropout * d_in
     kept_by_base = sum(layer.d_out for layer in layers) * activation_itemsize
     widest = max(max(layer.d_in, layer.d_out) for layer in layers)
     return MemberBytes(

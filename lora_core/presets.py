@@ -198,7 +198,12 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
-_GPT2_CONFIG_DEFAULT = "gpt2-config-default"
+WITHOUT_ADAPTER: dict[str, str] = {
+    "gpt2-config-default": "GPT2Config's lora_attn_dim=0 means that there is no adapter at all (its scaling would be "
+    "128 / 0) and that all weights are fine-tuned; use gpt2-nlg, the recipe that sets lora_attn_dim=4 over the same "
+    "lora_attn_alpha=128",
+}
+"""Settings of microsoft/LoRA that look like a recipe and are none; why."""
 
 
 def preset(name: str) -> Preset:
@@ -209,12 +214,8 @@ def preset(name: str) -> Preset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    if name == _GPT2_CONFIG_DEFAULT:
-        raise PresetError(
-            f"a preset must have an adapter of rank 1 or more; found {name}: GPT2Config's lora_attn_dim=0 means that "
-            "there is no adapter at all (its scaling would be 128 / 0) and that all weights are fine-tuned; use "
-            "gpt2-nlg, the recipe that sets lora_attn_dim=4 over the same lora_attn_alpha=128"
-        )
+    if name in WITHOUT_ADAPTER:
+        raise PresetError(f"a preset must have an adapter of rank 1 or more; found {name}: {WITHOUT_ADAPTER[name]}")
     near = difflib.get_close_matches(name, PRESETS, n=1)
     meant = f" (did you mean {near[0]}?)" if near else ""
     raise PresetError(f"a preset must be one of {', '.join(PRESETS)}; found {name!r}{meant}: use one of these names")

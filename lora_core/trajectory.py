@@ -145,7 +145,7 @@ class Comparison:
 
     @property
     def _ratio_TQ(self) -> Tensor:
-        """0 / 0 is 0; infinite / infinite just reaches the envelope, 1, and so does all that lies beyond the horizon."""
+        """0 / 0 is 0; infinite / infinite just reaches the envelope, 1, as all does that lies beyond the horizon."""
         ratio_TQ = (self.deviation_TQ / self.envelope_TQ).masked_fill(self.deviation_TQ == 0, 0.0)
         ratio_TQ = ratio_TQ.masked_fill(self.deviation_TQ.isinf() & self.envelope_TQ.isinf(), 1.0)
         return torch.where(self.envelope_TQ < HORIZON, ratio_TQ, ratio_TQ.clamp(max=1.0))

@@ -36,4 +36,5 @@ def _write_adapter(record: SweepRecord, trial: TrialRecord, home: Home, director
         alpha=trial.configuration.alpha,
         target_modules=lora.target_modules,
         use_rslora=lora.rslora,
+        dropout=lora.dropout,
     )

@@ -128,6 +128,8 @@ def most_members(spec: SweepSpec, fit: Preflight) -> int:
         optimizer_states=spec.train.law.states_with(spec.train.settings),
         adapter_itemsize=max(4, itemsize),
         activation_itemsize=itemsize,
+        dora=spec.lora.dora,
+        dropout=spec.lora.dropout > 0,
     )
     base_bytes = sum(tensor.numel() * tensor.itemsize for tensor in parameters)
     return max(1, cost.pack_limit(_worker_memory_bytes(spec, fit.workers), base_bytes=base_bytes, member=member))

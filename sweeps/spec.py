@@ -16,11 +16,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from lora_core.presets import PRESETS, WITHOUT_ADAPTER
 from sweeps.errors import Fault, InputError, SpecError
 from sweeps.spec_faults import Mistake, Section, did_you_mean, mistakes_of, one_of, refusal, refuse
 from sweeps.spec_parameters import Choice, Parameters, Range
+from sweeps.spec_preset import FILLED, filled
 from sweeps.spec_sections import (
     CertifySpec,
     ComputeSpec,
@@ -77,6 +79,11 @@ class SweepSpec(Section):
     """The sweep's name: 1 to 64 letters, digits, dots, dashes and underscores."""
     task: Task = Field(examples=[{"type": "digits"}])
     """What is trained."""
+    preset: str | None = Field(None, json_schema_extra={"enum": [*PRESETS, None]})
+    """A recipe of microsoft/LoRA (gpt2-nlg, roberta-base-nlu or deberta-xxl-nlu) for what is not written here:
+    parameters.rank, alpha, lr and weight_decay; lora.target_modules and dropout; train.optimizer, betas, eps, clip_norm
+    and schedule. What is written wins. Steps, batch size and warm-up are not the recipe's but the spec's own. With a
+    preset lora and parameters may be left out, although the schema, which does not know this, requires them."""
     lora: LoraSpec = Field(examples=[{"target_modules": ["q_proj", "v_proj"]}])
     """Where the adapters sit, and how they start."""
     parameters: Parameters = Field(examples=[{"rank": 8, "lr": {"min": 0.0001, "max": 0.1}}])
@@ -96,6 +103,11 @@ class SweepSpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     """Where the sweep is recorded."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_its_preset(cls, raw: Any) -> Any:
+        return filled(raw)
+
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
@@ -103,6 +115,15 @@ class SweepSpec(Section):
             required = "1 to 64 of A-Z, a-z, 0-9, dot, dash and underscore, with a letter or digit first"
             raise refuse(required, name)
         return name
+
+    @field_validator("preset")
+    @classmethod
+    def _is_a_preset(cls, preset: str | None) -> str | None:
+        if preset in WITHOUT_ADAPTER:
+            raise refuse(f"a recipe with an adapter ({', '.join(PRESETS)})", preset, WITHOUT_ADAPTER[preset])
+        if preset is not None and preset not in PRESETS:
+            raise refuse(one_of(PRESETS), preset, did_you_mean(preset, PRESETS))
+        return preset
 
     @field_validator("train")
     @classmethod
@@ -220,7 +241,7 @@ class SpecDocument:
         return self.yaml.source
 
     def fault(self, path: str, required: str, found: str, hint: str | None = None) -> Fault:
-        """Returns a fault that a later stage found, with its line.
+        """Returns a fault that a later stage found, with its line; that of the preset, where it comes from there.
 
         Args:
             path: dotted keys, list entries by index: `parameters.rank.values[3]`.
@@ -229,7 +250,8 @@ class SpecDocument:
             hint: the way out.
         """
         parts = tuple(int(index) if index else key for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path))
-        return Fault(path, required, found, self.yaml.line_of(parts), hint)
+        from_preset = self.spec.preset is not None and parts[:2] in FILLED and parts[:2] not in self.yaml.lines
+        return Fault(path, required, found, self.yaml.line_of(("preset",) if from_preset else parts), hint)
 
     def error(self, path: str, required: str, found: str, hint: str | None = None) -> SpecError:
         """Returns the error for a single fault; see `fault`."""

@@ -60,6 +60,16 @@ def test_bytes_of_a_member_are_those_worked_out_by_hand(states):
     assert member.total == (2 + states) * 152 + 546 + 168
 
 
+def test_dora_and_dropout_take_what_they_keep():
+    plain, both = (
+        member_bytes(LAYERS, rank=2, rows=7, optimizer_states=2, dora=on, dropout=on) for on in (False, True)
+    )
+    outputs, inputs = 6 + 3, 4 + 6  # of the two adapted layers
+    assert both.weights - plain.weights == 4 * outputs
+    assert both.optimizer - plain.optimizer == 2 * 4 * outputs
+    assert both.activations - plain.activations == 7 * (4 * outputs + inputs)
+
+
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
 @pytest.mark.parametrize("everything", [False, True])
 def test_bytes_of_weights_and_optimizer_are_those_that_a_bank_holds(law, everything):

@@ -219,7 +219,7 @@ def test_list_best_and_report_speak_of_the_sweep(finished: FinishedSweep):
     assert markdown.startswith(f"# Collapse report: {sweep}")
     assert "bit-identical" in markdown
     html = run_cli("report", sweep, "--format", "html", cwd=finished.cwd).stdout
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", html), "the page must work offline"
 
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from lora_core.laws import LAWS
+from lora_core.presets import PRESETS
 from sweeps.errors import InputError, SpecError
-from sweeps.spec import Choice, Range, SpecDocument, SweepSpec, json_schema, load_spec, parse_spec, template
+from sweeps.spec import Choice, Range, SpecDocument, SweepSpec, TrainSpec, json_schema, load_spec, parse_spec, template
 from sweeps.yaml_text import read_yaml
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -134,6 +136,87 @@ def test_a_spec_cannot_be_changed() -> None:
         _spec().name = "other"  # type: ignore[misc]
 
 
+# -- presets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_completes_a_spec_without_lora_and_parameters(name: str) -> None:
+    recipe = PRESETS[name]
+    spec = parse_spec(f"name: x\ntask: {{type: digits}}\npreset: {name}\n", "f").spec
+    parameters, train = spec.parameters, spec.train
+    for key in ("rank", "alpha", "lr", "weight_decay"):
+        assert getattr(parameters, key) == Choice((getattr(recipe, key),)), key
+    for key in ("optimizer", "betas", "eps", "clip_norm", "schedule"):
+        assert getattr(train, key) == getattr(recipe, key), key
+    assert (spec.lora.target_modules, spec.lora.dropout) == (recipe.target_modules, recipe.dropout)
+    plain = _spec()
+    assert (train.steps, train.batch_size, train.warmup_steps) == (200, 32, 0)
+    assert (spec.lora.init, spec.lora.rslora, parameters.init_scale) == (plain.lora.init, False, Choice((1.0,)))
+
+
+def test_what_is_written_wins_over_the_preset() -> None:
+    spec = _spec(
+        preset="roberta-base-nlu",
+        lora="{target_modules: [fc1], dropout: 0.3}",
+        parameters="{rank: {values: [2, 4]}, lr: {min: 1e-4, max: 1}}",
+        train="{clip_norm: null, eps: null, schedule: constant, warmup_steps: 5}",
+    )
+    assert (spec.lora.target_modules, spec.lora.dropout) == (("fc1",), 0.3)
+    assert (spec.parameters.rank, spec.parameters.lr) == (Choice((2, 4)), Range(1e-4, 1.0))
+    assert (spec.parameters.alpha, spec.parameters.weight_decay) == (Choice((16.0,)), Choice((0.1,)))
+    assert (spec.train.clip_norm, spec.train.eps, spec.train.schedule) == (None, None, "constant")
+    assert (spec.train.betas, spec.train.warmup_steps) == ((0.9, 0.999), 5)
+
+
+@pytest.mark.parametrize("optimizer", LAWS)
+def test_another_optimizer_takes_from_a_preset_only_what_it_has(optimizer: str) -> None:
+    spec = _spec(preset="roberta-base-nlu", parameters="{}", train=f"{{optimizer: {optimizer}}}")
+    law = LAWS[optimizer]
+    assert (spec.train.optimizer, spec.train.unused) == (optimizer, ())
+    assert spec.train.eps == (1e-8 if "eps" in law.absolute else None)
+    assert spec.train.betas == ((0.9, 0.999) if "betas" in law.options else None)
+    assert spec.parameters.weight_decay == Choice((0.0 if law.decay is None else 0.1,))
+
+
+def test_without_a_preset_nothing_is_filled_in() -> None:
+    assert _spec(preset="null") == _spec()
+    assert _spec().preset is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_spec_with_a_preset_stays_the_same_when_it_is_read_again(name: str) -> None:
+    spec = _spec(preset=name, parameters="{lr: {min: 1e-4, max: 1}}", train="{clip_norm: null, steps: 30}")
+    assert SweepSpec.model_validate(spec.model_dump()) == spec
+    assert SweepSpec.model_validate(spec.model_dump(mode="json")) == spec
+    assert SweepSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert SweepSpec.model_validate(spec) == spec
+
+
+def test_a_preset_changes_nothing_that_it_is_given() -> None:
+    raw = {"name": "x", "task": {"type": "digits"}, "preset": "gpt2-nlg", "parameters": {"rank": 2}}
+    train = TrainSpec(steps=7)
+    spec = SweepSpec.model_validate({**raw, "train": train})
+    assert raw["parameters"] == {"rank": 2}
+    assert "train" not in raw
+    assert spec.train == train  # a section that is already one is left alone
+
+
+def test_the_schema_lists_the_presets() -> None:
+    assert json_schema()["properties"]["preset"]["enum"] == [*PRESETS, None]
+    text = _text(preset="gpt2-nlg")
+    _validator().validate(read_yaml(text, "f").value)
+    assert not _validator().is_valid(read_yaml(_text(preset="bert"), "f").value)
+
+
+def test_a_fault_in_what_a_preset_filled_in_has_the_line_of_the_preset() -> None:
+    document = parse_spec(_text(preset="gpt2-nlg", parameters="{lr: 1e-3}"), "f")
+    assert document.fault("parameters.rank", "at most 2", "4").line == 5
+    assert document.fault("parameters.lr", "less", "1e-3").line == 4
+    assert document.fault("lora.target_modules[1]", "a layer", "fc2").line == 3
+    assert document.fault("train.clip_norm", "none", "1").line == 5
+    assert document.fault("train.batch_size", "less", "32").line == 1
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
@@ -147,6 +230,21 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"task": "{type: digits, seed: 1}"}, 2, "task.seed", "one of type or base_seed; found the unknown key 'seed'"),
     ({"serch": "{}"}, 5, "serch", "found the unknown key 'serch'; did you mean 'search'?"),
     ({"train": ""}, 5, "train", "keys with values; found nothing; give it keys, or leave it out"),
+    # preset
+    (
+        {"preset": "roberta-base"},
+        5,
+        "preset",
+        "deberta-xxl-nlu; found 'roberta-base'; did you mean 'roberta-base-nlu'?",
+    ),
+    ({"preset": "bert"}, 5, "preset", "one of gpt2-nlg, roberta-base-nlu or deberta-xxl-nlu; found 'bert'"),
+    ({"preset": "3"}, 5, "preset", "text; found 3"),
+    ({"preset": "[gpt2-nlg]"}, 5, "preset", "text; found ['gpt2-nlg']"),
+    ({"preset": "bert", "lora": "{}", "parameters": "{}"}, 5, "preset", "found 'bert'"),
+    ({"preset": "gpt2-config-default"}, 5, "preset", "found 'gpt2-config-default'; GPT2Config's lora_attn_dim=0 means"),
+    ({"preset": "gpt2-nlg", "parameters": "{lr: -1}"}, 4, "parameters.lr", "a number above 0; found -1"),
+    ({"preset": "gpt2-nlg", "lora": ""}, 3, "lora", "keys with values; found nothing"),
+    ({"preset": "gpt2-nlg", "train": "{optimizer: AdamW}"}, 6, "train.optimizer", "did you mean 'adamw'?"),
     # lora
     ({"lora": "{}"}, 3, "lora.target_modules", "such as ['q_proj', 'v_proj']"),
     ({"lora": "{target_modules: []}"}, 3, "lora.target_modules", "a list of module names, or one regular expression"),

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,24 @@ from lora_core.laws import law_of
 
 Kernel = Literal["fused", "foreach", "loop"]
 """How torch runs through the parameters: one kernel for all, one operation for all, or one after the other."""
+
+
+class OptimizerKind(Protocol):
+    """What a `PackOptimizer` must know of an optimizer: `OptimizerConfig`'s, or one that the table does not have."""
+
+    @property
+    def matrices(self) -> bool:
+        """Whether it works on whole matrices; else element by element."""
+
+    @property
+    def constants_at_construction(self) -> frozenset[str]:
+        """Constants that it reads when it is made, so that members who differ in them need one each."""
+
+    def group(self, settings: FactorSettings) -> dict[str, Any]:
+        """What a parameter group holds of a factor's settings; ValueError where it does not take them."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Makes the optimizer with as many parameter groups, in this order; each of these has one parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +155,7 @@ class PackOptimizer:
         config: the kind of optimizer.
     """
 
-    def __init__(self, bank: LoraBank, config: OptimizerConfig) -> None:
+    def __init__(self, bank: LoraBank, config: OptimizerKind) -> None:
         """Takes every member's settings from its point.
 
         Raises:
@@ -273,7 +291,7 @@ def _parameter(weight: Tensor, grad: Tensor) -> nn.Parameter:
     return param
 
 
-def _build(config: OptimizerConfig, parts: Iterable[_Part]) -> list[torch.optim.Optimizer]:
+def _build(config: OptimizerKind, parts: Iterable[_Part]) -> list[torch.optim.Optimizer]:
     """The optimizer of each part: the same one, but where constants differ that torch reads at construction."""
     alike: dict[tuple[Any, ...], list[_Part]] = {}
     for part in parts:

@@ -51,10 +51,14 @@ class Watcher:
 
     def share(self, what: str, done: int, of: int) -> None:
         """How much of a long piece of work is done."""
+        self.count(f"{what} {done:,} of {of:,} steps ({100 * done / of:.0f} %)")
+
+    def count(self, text: str) -> None:
+        """Something that changes often."""
         now_s = time.monotonic()
         if self._terminal or now_s - self._last_s >= _LINE_EVERY_S:
             self._last_s = now_s
-            self._show(f"{what} {done:,} of {of:,} steps ({100 * done / of:.0f} %)", final=not self._terminal)
+            self._show(text, final=not self._terminal)
 
     def events(self, sweep: str, events: list[Event]) -> None:
         """Counts what happened and shows it."""

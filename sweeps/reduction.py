@@ -152,6 +152,10 @@ class Reduction:
         """Whether A and B have gauges of their own, because lr_ratio is searched and nothing clips them together."""
         return "lr_ratio" in self.space.searched and self.clip_norm is None
 
+    def middle(self, name: str) -> float:
+        """The middle of a dimension of numbers: geometric for a range, the (lower) middle one of a list."""
+        return _middle(getattr(self.space, name))
+
     # -- motion within a class
 
     def point(self, configuration: Configuration) -> Point:

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, Protocol
 
-from lora_core.laws import LAWS, WITHOUT_LAW, Constant, NoLawError, OptimizerLaw, law_of  # noqa: F401
+from lora_core.laws import Constant
 
 VerdictKind = Literal["bit-identical", "identical up to rounding", "different"]
 """What a comparison of two twins that were really trained finds; `trajectory.py` says how."""

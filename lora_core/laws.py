@@ -338,6 +338,18 @@ LAWS: dict[str, OptimizerLaw] = {
             variants=({"lr_decay": 0.1},),
         ),
         OptimizerLaw(
+            "adadelta",
+            kind="Adadelta",
+            # A step is g x sqrt(sum of steps**2 + eps) / sqrt(sum of g**2 + eps). torch sums steps before lr, so with
+            # eps x f**2 they scale as g does.
+            degree=1,
+            decay="l2",
+            states=2,
+            absolute={"eps": _Eps(1e-6, power=2, telling=1e-4)},
+            options={"rho": _Fraction(0.9)},
+            variants=({"rho": 0.5},),
+        ),
+        OptimizerLaw(
             "rprop",
             kind="Rprop",
             degree=0,  # only the gradient's sign counts
@@ -387,8 +399,6 @@ LAWS: dict[str, OptimizerLaw] = {
 WITHOUT_LAW: dict[str, str] = {
     "radam": "its warm-up phase takes steps of degree 1 in the gradient and its later phase of degree 0, so no one "
     "power of k compensates alpha",
-    "adadelta": "its one eps is added to squared gradients and to squared steps, which alpha moves in opposite "
-    "directions",
     "adafactor": "its first eps is compared with a mean of squared gradients, and its square with squared gradients, "
     "so no one power of k serves both",
     "lbfgs": "its first step is divided by the gradient's norm only where that is above 1, an absolute constant, and "

@@ -46,7 +46,7 @@ class Preset:
         rank: r.
         alpha: lora_alpha.
         lr: peak learning rate, of A and B alike.
-        optimizer: its name in `gauge.LAWS`; the module's docstring says how the source's own differs.
+        optimizer: its name in `laws.LAWS`; the module's docstring says how the source's own differs.
         betas: decay rates of its moments.
         eps: as the source writes it: before the bias correction.
         weight_decay: decoupled, of A and B; the sources exempt biases and LayerNorm from it, if anything.

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.adapter import LoraBank, Member
-from lora_core.discovery import Discovery, ForeignOptimizer, find_law
+from lora_core.discovery import Discovery, find_law
+from lora_core.foreign import ForeignOptimizer
 from lora_core.gauge import FactorSettings, Point, scaling_of
 from lora_core.optimizers import PackOptimizer
 from lora_core.trajectory import Trajectory, record_trajectories

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from lora_core.adapter import BankedLinear, LoraBank, Member, NoTargetError, RankError, find_targets
-from lora_core.gauge import LAWS, Gauge, regauge
+from lora_core.gauge import Gauge, regauge
 from lora_core.init import initial_a
+from lora_core.laws import LAWS
 from tests.lora_core.support import TARGETS, Mlp, make_point, samples
 
 RANKS = (2, 4, 8)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lora_core.adapter import Member
 from lora_core.causes import Cause, find_cause, misplaced, suspected, without_law
-from lora_core.gauge import LAWS, Gauge, Point, regauge
+from lora_core.gauge import Gauge, Point, regauge
+from lora_core.laws import LAWS
 from lora_core.optimizers import OptimizerConfig
 from lora_core.train import batch_indices
 from lora_core.trajectory import Trajectory, Verdict, compare, control_of

@@ -8,6 +8,7 @@ import torch
 from lora_core.conformance import ACCUMULATED, CLIPPED, Case, cases, rows, same_bits, table
 from lora_core.gauge import Gauge
 from lora_core.laws import LAWS
+from tests.documents import script
 
 CASES = [case for law in LAWS.values() for case in cases(law)]
 
@@ -45,3 +46,10 @@ def test_the_table_counts_every_twin_that_was_trained():
         "muon (nesterov=False)",
         "muon (adjust_lr_fn=match_rms_adamw)",
     ]
+
+
+def test_the_page_on_the_law_says_what_was_found_here():
+    page = script("make_law")
+    text = page.PATH.read_text()
+    parts = page.parts_of({case: held(case) for case in CASES})
+    assert text == page.document(text, parts), "docs/law.md is out of date: make docs"

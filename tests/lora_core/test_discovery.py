@@ -11,7 +11,8 @@ from torch import nn
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.conformance import same_bits
-from lora_core.discovery import CONFIRMED_AT, Exponents, ForeignOptimizer, find_law
+from lora_core.discovery import CONFIRMED_AT, Exponents, find_law
+from lora_core.foreign import ForeignOptimizer
 from lora_core.gauge import FactorSettings, Gauge, Point, regauge
 from lora_core.laws import LAWS
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
@@ -198,11 +199,6 @@ def test_radam_has_none_because_its_warm_up_is_of_another_degree():
     found = search(torch.optim.RAdam)
     assert found.powers is None
     assert found.text == "there is none among the half-integer exponents: the nearest, lr / k, parts at step 6"
-
-
-def test_torchs_adadelta_has_a_law_because_its_lr_stands_outside_of_the_steps_that_it_sums():
-    found = search(torch.optim.Adadelta, 1.0)
-    assert found.powers == Exponents(-2, 2, {"eps": 2})
 
 
 def test_adafactors_hidden_floor_is_found_to_spoil_it():

@@ -6,7 +6,8 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from lora_core.gauge import LAWS, Gauge, Point, regauge
+from lora_core.gauge import Gauge, Point, regauge
+from lora_core.laws import LAWS
 from lora_core.presets import PRESETS, Preset, PresetError, preset
 from tests.lora_core.support import make_point
 from tests.support import ROOT

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 from lora_core.adapter import LoraBank, Member
-from lora_core.gauge import LAWS, Gauge, Point, regauge
+from lora_core.gauge import Gauge, Point, regauge
+from lora_core.laws import LAWS
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from lora_core.train import Schedule, train_pack
 from tests.lora_core.support import make_point

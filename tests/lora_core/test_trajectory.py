@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_core import gauge
 from lora_core.adapter import Member
-from lora_core.gauge import LAWS, Gauge, Point, regauge
+from lora_core.gauge import Gauge, Point, regauge
+from lora_core.laws import LAWS, law_of
 from lora_core.optimizers import OptimizerConfig
 from lora_core.trajectory import Trajectory, align, compare, control_of
 from tests.lora_core.support import TARGETS, Pack, make_point
@@ -138,7 +138,7 @@ def test_the_published_rule_for_sgd_is_different_under_adamw():
     verdict = compare(one, run(published, config), controls(REPRESENTATIVE, config))
     assert verdict.kind == "different"
     assert verdict.first_step == 2
-    law = regauge(REPRESENTATIVE, Gauge.of_alpha(4), gauge.law_of("adamw"))
+    law = regauge(REPRESENTATIVE, Gauge.of_alpha(4), law_of("adamw"))
     assert compare(one, run(law, config), []).kind == "bit-identical"
 
 

@@ -31,7 +31,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora_core.adapter import Member
-from lora_core.gauge import LAWS, Gauge, Point, regauge
+from lora_core.gauge import Gauge, Point, regauge
+from lora_core.laws import LAWS
 from lora_core.optimizers import OptimizerConfig
 from lora_core.train import Schedule
 from lora_core.trajectory import THRESHOLD, Trajectory, Verdict, compare, control_of

@@ -65,7 +65,6 @@ BAD_SPECS = {
     "no such module": ({"[fc1, fc2]": "[fc1, q_proj]"}, "target_modules", "the linear layers are fc1, fc2, head"),
     "a batch beyond the data": ({"batch_size: 16": "batch_size: 5000"}, "batch_size", "the number of training samples"),
     "radam": ({"optimizer: adamw": "optimizer: radam"}, "train", "radam has no alpha equivalence: its warm-up phase"),
-    "adadelta": ({"optimizer: adamw": "optimizer: adadelta"}, "train", "adadelta has no alpha equivalence"),
     "adafactor": ({"optimizer: adamw": "optimizer: adafactor"}, "train", "adafactor has no alpha equivalence"),
     "a metric the task has not": (
         {"search:": "metric: {name: eval/f1}\nsearch:"},

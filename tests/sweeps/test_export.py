@@ -14,9 +14,9 @@ from lora_core.optimizers import PackOptimizer
 from lora_core.train import lr_factor, train_pack
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
+from sweeps.recipe import losses_of, optimizer_of, schedule_of
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
-from sweeps.recipe import losses_of, optimizer_of, schedule_of
 from tests.conftest import FinishedSweep
 from tests.support import record_of, run_json
 

@@ -65,7 +65,9 @@ def certify(
     if optimizer is not None:
         from services.discovering import discover
 
-        sys.exit(discover(spec, optimizer, steps=steps, as_json=as_json))
+        if twin or output or classes != "all" or len(configuration) > 1:
+            raise click.UsageError("--optimizer goes with --steps, --json and at most one --configuration.")
+        sys.exit(discover(spec, optimizer, configuration=next(iter(configuration), None), steps=steps, as_json=as_json))
     sys.exit(_certify(spec, _count(classes), configuration, twin, steps, output, as_json=as_json))
 
 
@@ -90,13 +92,14 @@ def _certify(
     from services.output import Watcher
     from sweeps import preflight
     from sweeps.certificates import CertificateFile
+    from sweeps.collapse import steps_within
     from sweeps.home import Home
     from sweeps.reduction import Reduction
     from sweeps.spec import load_spec
 
     document, home, watcher = load_spec(path), Home.open(), Watcher()
     reduction = Reduction.of(document.spec)
-    steps = _steps(document.spec, steps)
+    steps = steps_within(document.spec, steps)
     chosen = _chosen(document.spec, reduction, count, configurations, twins)
     fit = preflight.preflight(document, reduction, home.cache)
     _check_ranks(chosen, fit)
@@ -140,12 +143,6 @@ def _chosen(
     if configurations:
         return [name_class(reduction, text) for text in configurations]
     return choose_classes(spec, reduction, count)
-
-
-def _steps(spec: SweepSpec, steps: int | None) -> int:
-    if steps is not None and steps > spec.train.steps:
-        raise InputError(f"--steps must be at most train.steps, which is {spec.train.steps}; found {steps}")
-    return steps or spec.certify.steps
 
 
 def _check_ranks(classes: list[ClassOrder], fit: Any) -> None:

@@ -12,10 +12,10 @@ from sweeps.errors import InputError
 
 def discover(path: Path, optimizer: str, *, configuration: str | None, steps: int | None, as_json: bool) -> int:
     """Looks for the law, prints what was found, and returns the exit code: 0 if there is one, else 1."""
-    from services.certifying import steps_within
     from services.output import Watcher
     from sweeps import preflight
     from sweeps.class_choice import read_configuration
+    from sweeps.collapse import steps_within
     from sweeps.foreign import find_law_of, load_optimizer, middle_of
     from sweeps.home import Home
     from sweeps.reduction import Reduction

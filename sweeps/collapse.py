@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 from lora_core.gauge import VerdictKind
+from sweeps.errors import InputError
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
@@ -107,6 +108,17 @@ class Certificate(BaseModel):
                 *faults,
             )
         return faults
+
+
+def steps_within(spec: SweepSpec, asked: int | None) -> int:
+    """Returns how many steps a certificate's runs take: those asked for, else the spec's certify.steps.
+
+    Raises:
+        InputError: more than train.steps, at which the learning rate ends.
+    """
+    if asked is not None and asked > spec.train.steps:
+        raise InputError(f"--steps must be at most train.steps, which is {spec.train.steps}; found {asked}")
+    return asked or spec.certify.steps
 
 
 def choose(

@@ -31,11 +31,14 @@ class Member:
         seed: seed of A's initialisation.
         perturbation_seed: if given, each element of the initial A moves by one unit in the last place, up or down by
             this seed: the control runs that a verdict measures rounding with.
+        perturbation_dtype: the number format whose units these are, where training computes in a narrower one than the
+            layer's (Muon).
     """
 
     point: Point
     seed: int
     perturbation_seed: int | None = None
+    perturbation_dtype: torch.dtype | None = None
 
 
 def initial_a(
@@ -67,6 +70,7 @@ def initial_a(
         return a_RI
     coins = generator("perturbation", member.perturbation_seed, layer, rank, d_in)
     up = torch.rand(rank, d_in, generator=coins) < 0.5
-    narrow_RI = a_RI if compute is None or torch.finfo(compute).eps <= torch.finfo(dtype).eps else a_RI.to(compute)
+    formats = [each for each in (dtype, compute, member.perturbation_dtype) if each is not None]
+    narrow_RI = a_RI.to(max(formats, key=lambda each: torch.finfo(each).eps))
     infinity = torch.full_like(narrow_RI, math.inf)
     return torch.nextafter(narrow_RI, torch.where(up, infinity, -infinity)).to(dtype)

@@ -89,6 +89,7 @@ class OptimizerLaw:
             wider only.
         wrong_in_half: options with which torch is wrong in half precision.
         matrices: whether it works on whole matrices; else element by element.
+        arithmetic: the number format that it computes in, whatever the weights are kept in; None for theirs.
         scheduled: whether it reads lr at every step; else a schedule changes nothing after the first one.
         variants: sets of options that the conformance suite runs beside the defaults.
         conflict: what is wrong with options that are each right by themselves, in words; None where nothing is.
@@ -105,6 +106,7 @@ class OptimizerLaw:
     fused: Literal[True, False, "exact"] = False
     wrong_in_half: Mapping[str, Any] = field(default_factory=dict)
     matrices: bool = False
+    arithmetic: Literal["bfloat16"] | None = None
     scheduled: bool = True
     variants: tuple[Mapping[str, Any], ...] = ()
     conflict: Callable[[Mapping[str, Any]], str | None] = lambda settings: None
@@ -377,6 +379,7 @@ LAWS: dict[str, OptimizerLaw] = {
                 "adjust_lr_fn": Option("original", "original or match_rms_adamw", _lr_adjustment),
             },
             matrices=True,
+            arithmetic="bfloat16",
             wrong_in_half={"nesterov": False},  # it orthogonalises the momentum buffer itself, in place
             variants=({"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}),
         ),

@@ -25,7 +25,8 @@ p (1 - p)**(1 + C) + p**(1 + C) (1 - p), 7% at worst with four controls; with fo
 
 Where rounding alone has moved a quantity by a tenth (`HORIZON`), ten envelopes are as much as the quantity itself: from
 there on it tells nothing. A run that blows up may reach that within steps; the verdict is on what came before, and says
-where that ended.
+where that ended. And where both losses have left all bounds (`SPENT`), the next thing to happen is an overflow, which
+comes at another step in another gauge: the comparison ends there.
 
 `benchmarks/verdicts.py` measures both error rates, docs/LOG.md has them; the threshold of 10 is from there.
 """
@@ -47,6 +48,7 @@ from lora_core.train import StepRecord
 FLOAT32_EPS = 2.0**-23
 THRESHOLD = 10.0
 HORIZON = 0.1
+SPENT = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Comparison:
         return values_TQ.gather(1, farthest_T1).squeeze(1)
 
 
-def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS) -> Member:
+def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS, arithmetic: torch.dtype | None = None) -> Member:
     """Returns a member's control run: its initial A and all its constants moved by one unit in the last place.
 
     The constants are moved too because a gauge rounds them anew, each in one direction for the whole run. That adds up
@@ -164,7 +166,9 @@ def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS) -> Member
     Args:
         member: a representative, or a twin.
         seed: of the control: which way each number moves.
-        eps: precision of training's numbers.
+        eps: precision of the constants as training reads them.
+        arithmetic: the narrowest number format that training computes in, where that is not the layers' own: what is
+            less than one of its units would be lost before it could do anything.
     """
 
     def moved(name: str, value: float) -> float:
@@ -187,7 +191,7 @@ def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS) -> Member
         b=settings(point.b),
         clip_norm=None if point.clip_norm is None else moved("clip norm", point.clip_norm),
     )
-    return replace(member, point=point, perturbation_seed=seed)
+    return replace(member, point=point, perturbation_seed=seed, perturbation_dtype=arithmetic)
 
 
 def record_trajectories(bank: LoraBank, steps: Iterable[StepRecord]) -> tuple[Trajectory, ...]:
@@ -247,7 +251,8 @@ def align(
     """Puts a twin beside its representative, step by step; the arguments are those of `compare`.
 
     Non-finite values count as equal where both runs have the same ones at the same places, else as infinitely far
-    apart; a run that ended early counts as NaN from there on. Where a control parts from its run in this way, rounding
+    apart; a run that ended early counts as NaN from there on. From where both losses are beyond 2**40 or not numbers,
+    nothing is compared. Where a control parts from its run in this way, rounding
     alone makes the difference between diverging now and a step later, so the envelope is infinite from there on.
     Without controls the envelope is its floor.
 
@@ -258,6 +263,7 @@ def align(
     if any(run.update_norms.shape[1] != representative.update_norms.shape[1] for run in runs):
         raise ValueError("trajectories must follow the same layers; found different numbers of them")
     steps = max(len(representative.losses), len(twin.losses))
+    steps = _sane(representative, twin, steps)
     base_TQ, twin_TQ, *others = (_ended(run.quantities_TQ, steps) for run in runs)
     spreads = [_deviation(base_TQ, control_TQ) for control_TQ in others[: len(controls)]]
     spreads += [_deviation(twin_TQ, control_TQ) for control_TQ in others[len(controls) :]]
@@ -268,6 +274,13 @@ def align(
         envelope_TQ=eps + widest_TQ.cummax(dim=0).values,
         first_difference=int(unequal[0]) + 1 if unequal else None,
     )
+
+
+def _sane(one: Trajectory, other: Trajectory, steps: int) -> int:
+    """Steps, at least one, before both losses are beyond all bounds, or not numbers."""
+    losses_2T = torch.stack([_ended(run.losses[:, None], steps)[:, 0] for run in (one, other)])
+    spent = (~(losses_2T.abs() < SPENT)).all(dim=0).nonzero().flatten().tolist()
+    return max(1, int(spent[0])) if spent else steps
 
 
 def _ended(run_TQ: Tensor, steps: int) -> Tensor:

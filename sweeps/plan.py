@@ -194,9 +194,7 @@ def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int 
     if spec.train.unused:
         found.append(f"{spec.train.optimizer} has no {' and no '.join(spec.train.unused)}: not used")
     if not spec.train.law.scheduled and spec.train.schedule != "constant":
-        found.append(
-            f"{spec.train.optimizer} reads lr at its first step only: the {spec.train.schedule} schedule is idle"
-        )
+        found.append(f"{spec.train.optimizer} reads lr at its first step only: schedule has no effect")
     if spec.search.trials and distinct and spec.search.trials > distinct:
         found.append(
             f"search.trials is {spec.search.trials}, but there are only {distinct} different runs: {trials} trials"

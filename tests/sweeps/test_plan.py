@@ -177,3 +177,17 @@ def test_a_pack_in_the_spec_that_no_memory_holds_is_refused_with_the_numbers():
         plan_of(compute="pack: 7", most_members=6, workers=2)
     assert plan_of(compute="pack: 7", most_members=7).pack == 7
     assert plan_of(compute="pack: 7", search="trials: 6", most_members=6).pack == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "warning"),
+    [
+        ("optimizer: sgd, eps: 1e-6, betas: [0.9, 0.99]", "sgd has no eps and no betas: not used"),
+        ("optimizer: rprop", "rprop reads lr at its first step only: schedule has no effect"),
+        ("optimizer: rprop, schedule: constant", None),
+        ("optimizer: sgd", None),
+    ],
+)
+def test_what_an_optimizer_does_not_use_is_said(train, warning):
+    found = [text for text in plan_of(train=train).warnings if "not used" in text or "no effect" in text]
+    assert found == ([warning] if warning else [])

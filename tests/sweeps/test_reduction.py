@@ -3,13 +3,13 @@ import time
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.gauge import Point
+from lora_core.gauge import FactorSettings, Gauge, Point, regauge
 from lora_core.laws import LAWS
 from sweeps.errors import InputError
 from sweeps.reduction import Reduction
@@ -323,6 +323,30 @@ def test_constants_move_by_the_published_table_when_alpha_is_four_times_as_large
         assert at_four_times.a.weight_decay == at_four_times.b.weight_decay == wd
         if optimizer != "sgd":
             assert at_four_times.a.eps == 2e-8
+
+
+@pytest.mark.parametrize("optimizer", LAWS)
+def test_every_optimizers_grid_collapses_by_its_own_powers(optimizer):
+    step = 4.0 if LAWS[optimizer].degree == 1 else 2.0
+    lrs = [0.5 * step**n for n in range(3)]
+    parameters = f"rank: 4, lr: {{values: {lrs}}}, init_scale: {{values: [1, 2, 4]}}, alpha: {{values: [4, 16, 64]}}"
+    reduction = make_reduction(parameters, train=f"optimizer: {optimizer}")
+    (largest,) = [found for found in reduction.classes if len(found.members) == 3]
+    members = sorted(largest.configurations, key=lambda c: c.alpha)
+    assert [(c.alpha, c.lr, c.init_scale) for c in members] == list(zip((4, 16, 64), lrs[::-1], (4, 2, 1), strict=True))
+    points = [reduction.point(c) for c in members]
+    for here, there in pairwise(points):
+        assert regauge(here, Gauge(2.0, 2.0), LAWS[optimizer]) == there
+
+
+def test_magnitudes_and_dropout_are_the_same_at_every_alpha():
+    lora, train = "dora: true, dropout: 0.1", "magnitude_lr: 0.5, eps: 1e-6"
+    reduction = make_reduction("rank: 4, lr: {values: [0.1, 0.2]}, alpha: {values: [4, 16]}", lora=lora, train=train)
+    points = [reduction.point(Configuration(4, alpha, 0.1)) for alpha in (4.0, 16.0)]
+    assert {point.dropout for point in points} == {0.1}
+    for point in points:
+        assert point.magnitude == FactorSettings(0.5, 0.0, {"eps": 1e-6})
+    assert points[0].a.eps != points[1].a.eps
 
 
 # -- twins and representatives -----------------------------------------------------------------------------------------

@@ -217,6 +217,33 @@ def test_a_fault_in_what_a_preset_filled_in_has_the_line_of_the_preset() -> None
     assert document.fault("train.batch_size", "less", "32").line == 1
 
 
+# -- the optimizer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "constants", "settings"),
+    [
+        ("{}", {"eps": 1e-8}, {"betas": (0.9, 0.999), "amsgrad": False}),
+        ("{eps: 1e-6, options: {amsgrad: true}}", {"eps": 1e-6}, {"betas": (0.9, 0.999), "amsgrad": True}),
+        ("{optimizer: muon}", {"eps": 1e-7}, {"momentum": 0.95, "nesterov": True}),
+        (
+            "{optimizer: sgd, momentum: 0.9, options: {nesterov: true}}",
+            {},
+            {"momentum": 0.9, "dampening": 0.0, "nesterov": True},
+        ),
+        ("{optimizer: rprop, options: {step_sizes: [1e-5, 1]}}", {"step_sizes": (1e-5, 1)}, {"etas": (0.5, 1.2)}),
+        ("{optimizer: adagrad, options: {initial_accumulator_value: 0.1}}", {"initial_accumulator_value": 0.1}, {}),
+        ("{optimizer: sgd, eps: 1e-6, betas: [0.8, 0.9]}", {}, {"momentum": 0.0}),
+    ],
+)
+def test_what_an_optimizer_is_built_with_is_what_is_written_else_its_default(train, constants, settings) -> None:
+    spec = _spec(train=train)
+    assert constants.items() <= spec.train.constants.items()
+    assert settings.items() <= spec.train.settings.items()
+    again = SweepSpec.model_validate(spec.model_dump(mode="json"))
+    assert (again.train.constants, again.train.settings) == (spec.train.constants, spec.train.settings)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
@@ -304,6 +331,37 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"train": "{steps: 1.5}"}, 5, "train.steps", "an integer; found 1.5"),
     ({"train": "{steps: 10, warmup_steps: 10}"}, 5, "train.warmup_steps", "fewer than train.steps, which is 10"),
     ({"train": "{momentum: 0.9}"}, 5, "train.momentum", "no momentum for adamw; found 0.9"),
+    ({"train": "{optimizer: adagrad, momentum: 0.9}"}, 5, "train.momentum", "no momentum for adagrad; found 0.9"),
+    ({"train": "{options: {nesterov: true}}"}, 5, "train.options.nesterov", "amsgrad, as adamw has it"),
+    ({"train": "{options: {amsgrat: true}}"}, 5, "train.options.amsgrat", "did you mean 'amsgrad'?"),
+    ({"train": "{options: {amsgrad: 1}}"}, 5, "train.options.amsgrad", "true or false; found 1"),
+    ({"train": "{options: {eps: 1}}"}, 5, "train.options.eps", "it as train.eps; found 1"),
+    ({"train": "{options: {lr: 1}}"}, 5, "train.options.lr", "it as parameters.lr; found 1"),
+    (
+        {"train": "{optimizer: nadam, options: {decoupled_weight_decay: true}}"},
+        5,
+        "train.options.decoupled_weight_decay",
+        "momentum_decay",
+    ),
+    ({"train": "{optimizer: sgd, options: {nesterov: true}}"}, 5, "train.options", "nesterov takes a momentum above 0"),
+    ({"train": "{optimizer: rprop, options: {step_sizes: [1, 0.1]}}"}, 5, "train.options.step_sizes", "two rising"),
+    ({"train": "{optimizer: rprop, warmup_steps: 3}"}, 5, "train.warmup_steps", "reads lr at its first step only"),
+    (
+        {"train": "{optimizer: rprop}", "parameters": "{rank: 4, lr: 1, weight_decay: 0.1}"},
+        4,
+        "parameters.weight_decay",
+        "rprop has no weight decay",
+    ),
+    ({"train": "{accumulation: 0}"}, 5, "train.accumulation", "at least 1; found 0"),
+    ({"lora": "{target_modules: [fc1], dropout: 1}"}, 3, "lora.dropout", "below 1; found 1"),
+    ({"lora": "{target_modules: [fc1], dora: true}"}, 1, "train.magnitude_lr", "no gauge moves its magnitudes"),
+    ({"train": "{magnitude_lr: 1e-3}"}, 5, "train.magnitude_lr", "none, for lora.dora is false; found 0.001"),
+    (
+        {"lora": "{target_modules: [fc1], dora: true}", "train": "{optimizer: muon}"},
+        3,
+        "lora.dora",
+        "false, for muon takes matrices only",
+    ),
     ({"train": "{optimizer: sgd, momentum: 1}"}, 5, "train.momentum", "a number below 1; found 1"),
     ({"train": "{betas: [0.9]}"}, 5, "train.betas", "two numbers; found [0.9]; such as [0.9, 0.999]"),
     ({"train": "{betas: [0.9, 1]}"}, 5, "train.betas[1]", "a number below 1; found 1"),

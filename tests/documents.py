@@ -1,0 +1,22 @@
+"""Scripts of docs/ as modules, for tests that hold a page to what its script would write."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from types import ModuleType
+
+from tests.support import ROOT
+
+
+@functools.cache
+def script(name: str) -> ModuleType:
+    """Returns docs/NAME.py; docs is no package."""
+    location = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert location is not None
+    assert location.loader is not None
+    module = importlib.util.module_from_spec(location)
+    sys.modules[location.name] = module  # its dataclasses look themselves up there
+    location.loader.exec_module(module)
+    return module

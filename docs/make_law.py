@@ -33,7 +33,7 @@ from lora_core.laws import LAWS, WITHOUT_LAW, OptimizerLaw
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from lora_core.train import Schedule, batch_indices, train_pack
 from lora_core.trajectory import Trajectory, record_trajectories
-from sweeps.plots import _STYLE, _TWIN_COLOURS, _svg
+from sweeps.plots import STYLE, TWIN_COLOURS, svg
 from sweeps.tasks.digits import DigitsTask
 
 PATH = Path(__file__).parent / "law.md"
@@ -238,13 +238,13 @@ def dispute_plot(found: Mapping[str, Sequence[Run]]) -> str:
     Returns:
         An SVG element.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 5.4))
         figure.subplots_adjust(left=0.08, right=0.99, bottom=0.09, top=0.94, wspace=0.18, hspace=0.1)
         rows = figure.subplots(2, len(found), sharex="col", height_ratios=(3, 2), squeeze=False)
         # A colour a label, the same in both columns.
         labels = dict.fromkeys(run.label for runs in found.values() for run in runs[2:])
-        colours = dict(zip(labels, _TWIN_COLOURS, strict=False))
+        colours = dict(zip(labels, TWIN_COLOURS, strict=False))
         for column, (name, runs) in enumerate(found.items()):
             _losses(rows[0][column], runs, colours)
             _distances(rows[1][column], runs, colours)
@@ -252,7 +252,7 @@ def dispute_plot(found: Mapping[str, Sequence[Run]]) -> str:
         rows[0][0].set_ylabel("training loss (nats)")
         rows[1][0].set_ylabel(f"relative distance\nfrom alpha x {_K:g}")
         # matplotlib ends some lines of a path with a space.
-        return re.sub(r" +$", "", _svg(figure, "alpha x 4 beside lr x 4, alone and with init moved too"), flags=re.M)
+        return re.sub(r" +$", "", svg(figure, "alpha x 4 beside lr x 4, alone and with init moved too"), flags=re.M)
 
 
 def _losses(axis: Any, runs: Sequence[Run], colours: Mapping[str, str]) -> None:

@@ -141,7 +141,7 @@ class Discovery:
             moves["weight_decay"] = powers.decay_power
         if self.clipped:
             moves["clip_norm"] = 1
-        return "alpha x k is the same run as " + ", ".join(_in_words(name, power) for name, power in moves.items())
+        return "at alpha x k the same run has " + ", ".join(_in_words(name, power) for name, power in moves.items())
 
 
 def _in_words(name: str, power: int) -> str:

@@ -168,13 +168,13 @@ class OptimizerLaw:
             )
 
     def describe(self) -> str:
-        """One line: what "alpha x k" is the same as, with one learning rate for A and B."""
+        """One line: what the same run has at k times the alpha, with one learning rate for A and B."""
         moved = {"lr": self.lr_power, "init_scale": -1} | self.powers
         if self.decay is not None:
             moved["weight_decay"] = self.decay_power
         moved["clip_norm"] = 1
         parts = [f"{name} {_in_words(power)}" for name, power in moved.items()]
-        return f"{self.name}: alpha x k is the same training run as " + ", ".join(parts)
+        return f"{self.name}: the same training run at alpha x k has " + ", ".join(parts)
 
 
 def _in_words(power: int) -> str:
@@ -380,7 +380,7 @@ LAWS: dict[str, OptimizerLaw] = {
             },
             matrices=True,
             arithmetic="bfloat16",
-            wrong_in_half={"nesterov": False},  # it orthogonalises the momentum buffer itself, in place
+            wrong_in_half={"nesterov": False},  # it orthogonalises the momentum itself, in place: pytorch#194664
             variants=({"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}),
         ),
         OptimizerLaw(

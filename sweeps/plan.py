@@ -41,7 +41,7 @@ class Plan(BaseModel):
 
     optimizer: str
     law: str
-    """What a factor k on alpha is the same as, in words."""
+    """What the same run has at k times the alpha, in words."""
     reference_alpha: str
     configurations: int | None
     """Of the space as the user wrote it; None where it is continuous."""

@@ -16,7 +16,7 @@ from sweeps.collapse import Certificate, TwinVerdict
 from sweeps.rank_scaling import ConventionSlope, RankScaling
 from sweeps.space import Configuration
 
-_STYLE = {
+STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -24,7 +24,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 _MARKERS = {"finished": "o", "pruned": "v"}
-_TWIN_COLOURS = ("#d1495b", "#edae49", "#00798c", "#7768ae", "#30638e", "#8d6a9f", "#4f772d", "#bc4749")
+TWIN_COLOURS = ("#d1495b", "#edae49", "#00798c", "#7768ae", "#30638e", "#8d6a9f", "#4f772d", "#bc4749")
 _MOST_TICKS = 12
 
 Point = tuple[Configuration, str, float | None]
@@ -49,7 +49,7 @@ def search(points: Sequence[Point], *, metric: str, goal: str) -> str:
     choose = min if goal == "minimize" else max
     finished = [point for point in points if point[1] == "finished" and point[2] is not None]
     best = choose(finished, key=lambda point: point[2] or 0.0, default=None)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * len(ranks) + 1.4, 3.2))
         # By hand: a layout engine draws everything several times over, which takes longer than all the rest.
         figure.subplots_adjust(left=0.8 / figure.get_figwidth(), right=0.99, bottom=0.16, top=0.9, wspace=0.08)
@@ -66,7 +66,7 @@ def search(points: Sequence[Point], *, metric: str, goal: str) -> str:
             axis.minorticks_off()
         axes[0].set_ylabel("init scale (factor on the default)")
         figure.colorbar(shown, ax=list(axes), label=metric, pad=0.02)
-        return _svg(figure, "Learning rate against init scale, coloured by the objective, one panel a rank")
+        return svg(figure, "Learning rate against init scale, coloured by the objective, one panel a rank")
 
 
 def twins(certificates: Sequence[Certificate]) -> str:
@@ -77,7 +77,7 @@ def twins(certificates: Sequence[Certificate]) -> str:
     """
     if not certificates:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         size = (3.1 * len(certificates) + 0.8, 4.4)
         figure = Figure(figsize=size)
         figure.subplots_adjust(left=0.8 / size[0], right=0.99, bottom=0.12, top=0.93, wspace=0.25, hspace=0.08)
@@ -87,7 +87,7 @@ def twins(certificates: Sequence[Certificate]) -> str:
             _twin_distances(rows[1][column], certificate)
         rows[0][0].set_ylabel("training loss (nats)")
         rows[1][0].set_ylabel("relative distance")
-        return _svg(figure, "Training loss of twins over their representatives, and the distance between them")
+        return svg(figure, "Training loss of twins over their representatives, and the distance between them")
 
 
 def rank_scaling(scaling: RankScaling) -> str:
@@ -100,12 +100,12 @@ def rank_scaling(scaling: RankScaling) -> str:
     if not ranks:
         return ""
     errors = {rank.rank: rank.error or 0.0 for rank in scaling.ranks}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 3.6))
         figure.subplots_adjust(left=0.11, right=0.58, bottom=0.14, top=0.96)
         axis = figure.subplots()
         # Side by side, so that error bars of conventions that meet at a rank can be told apart.
-        for place, (convention, colour) in enumerate(zip(scaling.conventions, _TWIN_COLOURS, strict=False)):
+        for place, (convention, colour) in enumerate(zip(scaling.conventions, TWIN_COLOURS, strict=False)):
             nudge = 1.03 ** (place - (len(scaling.conventions) - 1) / 2)
             _best_over_rank(axis, convention, errors, colour, nudge)
         axis.plot([], [], color="#888888", lw=0.9, ls=":", label="slope 0: lr the same at every rank")
@@ -118,7 +118,7 @@ def rank_scaling(scaling: RankScaling) -> str:
         for each in (axis.xaxis, axis.yaxis):
             each.set_minor_locator(NullLocator())
         axis.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.02, 0.5))
-        return _svg(figure, "The best learning rate over rank, a line for each convention for alpha")
+        return svg(figure, "The best learning rate over rank, a line for each convention for alpha")
 
 
 def _best_over_rank(
@@ -162,7 +162,7 @@ def _twin_losses(axis: Any, certificate: Certificate) -> None:
     steps = range(1, len(certificate.losses) + 1)
     representative = certificate.representative
     axis.plot(steps, certificate.losses, color="#cccccc", lw=6, label=f"alpha {representative.alpha:g} (trained)")
-    for twin, colour in zip(certificate.twins, _TWIN_COLOURS, strict=False):
+    for twin, colour in zip(certificate.twins, TWIN_COLOURS, strict=False):
         label = f"alpha {twin.configuration.alpha:g}"
         axis.plot(range(1, len(twin.losses) + 1), twin.losses, color=colour, lw=1.1, ls=(0, (4, 3)), label=label)
     axis.set(title=representative.label())
@@ -171,7 +171,7 @@ def _twin_losses(axis: Any, certificate: Certificate) -> None:
 
 def _twin_distances(axis: Any, certificate: Certificate) -> None:
     exact = []
-    for twin, colour in zip(certificate.twins, _TWIN_COLOURS, strict=False):
+    for twin, colour in zip(certificate.twins, TWIN_COLOURS, strict=False):
         if twin.verdict == "bit-identical":
             exact.append(f"{twin.configuration.alpha:g}")
             continue
@@ -191,7 +191,8 @@ def _distances(certificate: Certificate, twin: TwinVerdict) -> list[tuple[int, f
     return [(step, max(abs(a - b) / (abs(a) or 1.0), 1e-9)) for step, (a, b) in enumerate(pairs, start=1)]
 
 
-def _svg(figure: Figure, description: str) -> str:
+def svg(figure: Figure, description: str) -> str:
+    """A figure as an SVG element, the same text for the same figure."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": description})
     text = buffer.getvalue()

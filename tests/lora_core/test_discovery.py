@@ -178,7 +178,7 @@ def test_the_row_of_every_optimizer_of_the_table_is_found(law):
 def test_the_finding_is_said_in_the_words_of_the_law():
     found = search(torch.optim.Adam, point=make_point(0.01, clip_norm=0.05), warmup_steps=2)
     assert found.text == (
-        "alpha x k is the same run as lr / sqrt(k), init_scale / sqrt(k), eps x sqrt(k), weight_decay x k, "
+        "at alpha x k the same run has lr / sqrt(k), init_scale / sqrt(k), eps x sqrt(k), weight_decay x k, "
         "clip_norm x sqrt(k): bit-identical over 12 steps at k = 1/16, 1/4, 4, 16, 256"
     )
     assert found.telling == ("eps",)
@@ -249,7 +249,7 @@ def test_a_law_that_holds_only_without_weight_decay_is_no_law():
     found = search(StrangeDecay)
     assert (found.powers, found.without_decay, found.confirmed) == (None, Exponents(-1), ())
     assert "weight_decay" in found.text.partition("Without weight decay")[0]
-    assert found.text.endswith("Without weight decay alpha x k is the same run as lr / sqrt(k), init_scale / sqrt(k)")
+    assert found.text.endswith("Without weight decay at alpha x k the same run has lr / sqrt(k), init_scale / sqrt(k)")
 
 
 # -- what cannot be looked for -----------------------------------------------------------------------------------------

@@ -87,4 +87,4 @@ def test_constants_are_the_given_ones_or_the_defaults():
     ],
 )
 def test_a_law_describes_itself(optimizer, said):
-    assert law_of(optimizer).describe() == f"{optimizer}: alpha x k is the same training run as {said}"
+    assert law_of(optimizer).describe() == f"{optimizer}: the same training run at alpha x k has {said}"

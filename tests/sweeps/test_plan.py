@@ -35,7 +35,7 @@ def test_the_json_of_a_grid_has_the_documented_fields():
     assert plan["trials"] == 40
     assert plan["rungs"] == [50, 100, 200]
     assert plan["optimizer"] == "adamw"
-    assert plan["law"].startswith("adamw: alpha x k is the same training run as lr / sqrt(k)")
+    assert plan["law"].startswith("adamw: the same training run at alpha x k has lr / sqrt(k)")
     assert plan["outside"] == {"share": 0.0, "explanation": "a grid trains every class"}
     assert plan["warnings"] == []
     assert plan["reference_alpha"] == "16"

@@ -110,12 +110,19 @@ def load_member(directory: Path) -> MemberState:
     return MemberState(adapter, optimizer, manifest["step"], manifest["extra"])
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Writes a file so that it is there whole or not at all, even if the power fails: temporary name, fsync, rename,
-    fsync."""
+    fsync.
+
+    Args:
+        path: where.
+        data: what.
+        mode: the file's permissions.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

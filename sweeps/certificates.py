@@ -3,38 +3,48 @@
     make    spec, task, classes -> CertificateFile
     check   CertificateFile -> the same runs again, on this machine: does it still hold, and to the last bit?
 
-The file has its own SHA-256, so that an altered one is told from one that no longer holds.
+The file has its own SHA-256, so that an altered one is told from one that no longer holds. JSON has no word for
+numbers that are not finite, as runs that diverge have: they are written as "NaN", "Infinity" and "-Infinity".
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core import __version__
 from lora_core.checkpoint import write_atomically
 from lora_core.laws import OptimizerLaw
 from lora_core.trajectory import THRESHOLD
-from sweeps.certifying import ClassOrder, Told, certify
-from sweeps.collapse import Certificate
+from sweeps.certifying import ClassOrder, InFloat64, Told, certify
+from sweeps.collapse import Certificate, TwinVerdict
 from sweeps.errors import InputError
-from sweeps.spec import SweepSpec
+from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.tasks import Task
+from sweeps.yaml_text import YamlText
 
-Device = torch.device
+Device = torch.device  # in Environment `torch` is a version
+
+_MOST_BYTES = 2**30
+"""A larger file is none that anybody wrote; a device never ends."""
+
+_WORDS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+"""For the numbers that JSON has not, by Python's names for them."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Environment(_Part):
@@ -99,22 +109,56 @@ class CertificateFile(_Part):
     """Of the frozen base weights."""
     data_sha256: str
     """Of the data as they are trained on."""
-    pack: int
+    pack: int = Field(ge=1)
     """The most classes that were trained beside each other."""
     threshold: float
     """How many envelopes count as rounding."""
     holds: bool
     """Whether every certificate below holds."""
-    certificates: tuple[Certificate, ...]
+    certificates: tuple[Certificate, ...] = Field(min_length=1)
     sha256: str = ""
     """Of all the rest, as JSON with sorted keys and no spaces."""
 
+    @model_validator(mode="after")
+    def _is_one_piece(self) -> Self:
+        if any(not each.twins for each in self.certificates):
+            raise ValueError("every class must have a twin")
+        if self.steps < 1 or any(each.steps != self.steps for each in self.certificates):
+            raise ValueError("the steps of every class must be the same number of at least 1")
+        if self.holds != all(each.holds for each in self.certificates):
+            raise ValueError("it must hold if every class in it does, and only then")
+        if self.spec_sha256 != _sha256_of_json(self.spec):
+            raise ValueError("spec_sha256 must be that of its spec")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Of each run."""
+        return self.certificates[0].steps
+
+    @property
+    def orders(self) -> list[ClassOrder]:
+        """What was trained."""
+        return [
+            ClassOrder(each.class_id, each.representative, tuple(twin.configuration for twin in each.twins), each.trial)
+            for each in self.certificates
+        ]
+
     @classmethod
     def make(
-        cls, spec: SweepSpec, task: Task, classes: Sequence[ClassOrder], *, steps: int, pack: int, told: Told
+        cls,
+        spec: SweepSpec,
+        task: Task,
+        classes: Sequence[ClassOrder],
+        *,
+        steps: int,
+        pack: int,
+        told: Told,
+        in_float64: InFloat64 | None = None,
     ) -> Self:
-        """Trains classes and records what came of it."""
-        certificates = tuple(certify(spec, task, classes, steps=steps, pack=pack, told=told))
+        """Trains classes and records what came of it; the arguments are those of `certify`."""
+        made = certify(spec, task, classes, steps=steps, pack=pack, told=told, in_float64=in_float64)
+        certificates = tuple(made)
         resolved = spec.model_dump(mode="json")
         file = cls(
             made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -140,14 +184,16 @@ class CertificateFile(_Part):
         """
         required = f"{path}: required a certificate that `lora-sweeps certify` wrote"
         try:
-            file = cls.model_validate_json(path.read_bytes())
+            with path.open("rb") as stream:
+                raw = stream.read(_MOST_BYTES + 1)
         except OSError as error:
             raise InputError(f"{required}; found: {error.strerror}") from None
+        if len(raw) > _MOST_BYTES:
+            raise InputError(f"{required}; found more than {_MOST_BYTES:,} bytes")
+        try:
+            file = cls.model_validate_json(raw)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            more = f" and {error.error_count() - 1} more faults" if error.error_count() > 1 else ""
-            raise InputError(f"{required}; found, at {where}: {first['msg']}{more}") from None
+            raise InputError(f"{required}; found {_first_fault(error)}") from None
         if file.sha256 != file._digest():
             raise InputError(f"{required}, as it was written; found one that was altered since (its SHA-256 differs)")
         return file
@@ -160,12 +206,49 @@ class CertificateFile(_Part):
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self.model_dump_json(indent=1).encode())
+            write_atomically(path, json.dumps(self._document(), indent=1, allow_nan=False).encode(), mode=0o644)
         except OSError as error:
-            raise InputError(f"a certificate needs a path that can be written; {path}: {error.strerror}") from None
+            raise _no_place(path, error.strerror) from None
+
+    def _document(self) -> dict[str, Any]:
+        document: dict[str, Any] = _in_json(self.model_dump(mode="json"))
+        return document
 
     def _digest(self) -> str:
-        return _sha256_of_json(self.model_dump(mode="json", exclude={"sha256"}))
+        return _sha256_of_json({name: value for name, value in self._document().items() if name != "sha256"})
+
+
+def check_place(path: Path) -> None:
+    """Refuses a path that no certificate can be written to, before anything is trained for it.
+
+    A certificate that is there may be replaced, and nothing else.
+
+    Raises:
+        InputError: it is such a path.
+    """
+    try:
+        if path.is_dir():
+            raise _no_place(path, "it is a directory")
+        if path.exists():
+            _check_replaceable(path)
+        nearest = next(parent for parent in path.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise _no_place(path, f"{nearest} is no directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise _no_place(path, f"no permission to write in {nearest}")
+    except OSError as error:
+        raise _no_place(path, error.strerror) from None
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        CertificateFile.read(path)
+    except InputError:
+        raise _no_place(path, "something else than a certificate is there, and would be lost") from None
+
+
+def _no_place(path: Path, found: str | None) -> InputError:
+    return InputError(f"a certificate needs a path that it can be written to; found {path}: {found}; name another")
 
 
 @dataclass(frozen=True)
@@ -184,26 +267,21 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it (still) holds."""
+        """Whether it holds now."""
         return self.rerun.holds
 
     @property
     def reproduced(self) -> bool:
         """Whether every loss and update norm is the recorded one, to the last bit."""
-        return all(
-            _numbers(old) == _numbers(new)
-            for old, new in zip(self.recorded.certificates, self.rerun.certificates, strict=True)
-        )
+        pairs = zip(self.recorded.certificates, self.rerun.certificates, strict=True)
+        return all(_measured(old) == _measured(new) for old, new in pairs)
 
 
-def check(file: CertificateFile, task: Task, told: Told) -> Check:
+def check(file: CertificateFile, task: Task, told: Told, in_float64: InFloat64 | None = None) -> Check:
     """Trains all of a certificate again."""
-    classes = [
-        ClassOrder(each.class_id, each.representative, tuple(twin.configuration for twin in each.twins), each.trial)
-        for each in file.certificates
-    ]
-    steps = file.certificates[0].steps if file.certificates else 0
-    rerun = CertificateFile.make(spec_of(file), task, classes, steps=steps, pack=file.pack, told=told)
+    rerun = CertificateFile.make(
+        spec_of(file), task, file.orders, steps=file.steps, pack=file.pack, told=told, in_float64=in_float64
+    )
     before, after = (_circumstances(each) for each in (file, rerun))
     changes = tuple(f"{name}: {before[name]} then, {after[name]} now" for name in before if before[name] != after[name])
     return Check(file, rerun, changes)
@@ -217,18 +295,37 @@ def spec_of(file: CertificateFile) -> SweepSpec:
     """
     try:
         return SweepSpec.model_validate(file.spec)
-    except ValidationError:
-        written = file.environment.lora_sweeps
+    except ValidationError as error:
         raise InputError(
-            f"a certificate of a spec that lora-sweeps {__version__} understands was required; found one of {written}: "
-            "check it with that version"
+            f"a certificate of a spec that lora-sweeps {__version__} understands was required; found one of "
+            f"{file.environment.lora_sweeps} with {_first_fault(error)}; check it with the version that wrote it"
         ) from None
+
+
+def document_of(file: CertificateFile, source: str) -> SpecDocument:
+    """The spec in a certificate, to be held against its task; see `spec_of`."""
+    return SpecDocument(spec_of(file), "", YamlText(source, file.spec, {(): 1}))
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a certificate."""
     schema = CertificateFile.model_json_schema(mode="serialization")
+    for name in ("Certificate", "TwinVerdict"):
+        schema["$defs"][name] = _with_any_number(schema["$defs"][name])
+    words = {"enum": list(_WORDS.values())}
+    schema["$defs"]["Number"] = {"description": "A float, finite or not.", "anyOf": [{"type": "number"}, words]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:lora-sweeps:certificate", **schema}
+
+
+def _with_any_number(schema: Any) -> Any:
+    """A schema in which every number may be one that is not finite."""
+    if isinstance(schema, list):
+        return [_with_any_number(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "number":
+        return {name: value for name, value in schema.items() if name != "type"} | {"$ref": "#/$defs/Number"}
+    return {name: _with_any_number(value) for name, value in schema.items()}
 
 
 def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -241,13 +338,33 @@ def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _in_json(value: Any) -> Any:
+    """A value of dicts, lists and numbers with words for the numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _in_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_in_json(each) for each in value]
+    return _WORDS[repr(value)] if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sha256_of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _numbers(certificate: Certificate) -> str:
+def _first_fault(error: ValidationError) -> str:
+    faults = error.errors(include_url=False)
+    where, first = ".".join(map(str, faults[0]["loc"])), faults[0]
+    if where == "version":
+        return f"version {first['input']!r}, which lora-sweeps {__version__} does not know"
+    more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    what = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}{more}" if where else f"{what}{more}"
+
+
+def _measured(certificate: Certificate) -> str:
     """All that was measured in training, as text: equal for equal bits, not-a-numbers included."""
-    runs: Iterable[Any] = (certificate, *certificate.twins)
+    runs: tuple[Certificate | TwinVerdict, ...] = (certificate, *certificate.twins)
     return repr([(run.losses, run.update_norms) for run in runs])
 
 

@@ -13,6 +13,10 @@ places. So a class has one place in all of its packs:
     twin 1, 2, ...     c0 at another alpha   c1 at another alpha
 
 All packs have the same shape, and what a class computes in one depends on nothing but its own member and its place.
+
+Where float32 is not clear, a twin and its representative are certified again in float64, where rounding is 2**29 times
+finer and the range of numbers ends at 1e308: what is rounding, or overflow, or underflow, is gone there, and what is
+another run stays another run.
 """
 
 from __future__ import annotations
@@ -48,6 +52,9 @@ _CONTROL_SEEDS = range(1, CONTROLS + 1)
 Told = Callable[[int, int], None]
 """Told how many member-steps are done, of how many."""
 
+InFloat64 = Callable[[SweepSpec], Task]
+"""Loads the task of a spec in float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClassOrder:
@@ -74,6 +81,7 @@ def certify(
     steps: int,
     pack: int = 64,
     told: Told = lambda done, of: None,
+    in_float64: InFloat64 | None = None,
 ) -> Iterator[Certificate]:
     """Trains classes and yields their certificates, in order.
 
@@ -84,11 +92,12 @@ def certify(
         steps: of each run.
         pack: the most classes in a pack.
         told: progress.
+        in_float64: loads the task for the spec that it is given; None: nothing is heard in float64.
     """
     # A class with many twins would leave places idle beside one with few.
     order = sorted(range(len(classes)), key=lambda i: len(classes[i].twins))
     chunks = [[classes[i] for i in order[start : start + pack]] for start in range(0, len(order), pack)]
-    bench = _Bench(spec, task, steps, told, packs=sum(len(chunk) * _packs_of(chunk) for chunk in chunks))
+    bench = _Bench(spec, task, steps, told, in_float64, packs=sum(len(chunk) * _packs_of(chunk) for chunk in chunks))
     made = [certificate for chunk in chunks for certificate in bench.certificates(chunk)]
     of = dict(zip(order, made, strict=True))
     yield from (of[i] for i in range(len(classes)))
@@ -114,7 +123,9 @@ class _Round:
 class _Bench:
     """Runs packs and judges them."""
 
-    def __init__(self, spec: SweepSpec, task: Task, steps: int, told: Told, *, packs: int) -> None:
+    def __init__(
+        self, spec: SweepSpec, task: Task, steps: int, told: Told, in_float64: InFloat64 | None, *, packs: int
+    ) -> None:
         self._spec, self._task, self._steps = spec, task, steps
         self._reduction = Reduction.of(spec)
         self._eps = torch.finfo(getattr(torch, spec.train.dtype)).eps
@@ -122,6 +133,10 @@ class _Bench:
         self._arithmetic: torch.dtype | None = None if narrow is None else getattr(torch, narrow)
         self._told, self._done, self._all = told, 0, packs * steps
         self._layers: tuple[str, ...] = ()
+        wide = spec.train.model_copy(update={"dtype": "float64"})
+        self._wide_spec = spec.model_copy(update={"train": wide})
+        load = in_float64 if spec.train.dtype != "float64" else None
+        self._wide_task = None if load is None else cache(lambda: load(self._wide_spec))
 
     def certificates(self, classes: Sequence[ClassOrder]) -> Iterator[Certificate]:
         """Certifies the classes of one pack."""
@@ -152,15 +167,30 @@ class _Bench:
         return _Round(tuple(configurations), self._run(configurations), controls)
 
     def _judge(self, order: ClassOrder, place: int, representative: _Side, twins: _Round) -> TwinVerdict:
-        run, cause = twins.runs[place], None
+        run, configuration = twins.runs[place], twins.configurations[place]
         found = self._compare(representative, _Side(run, ()))
         if found.verdict().kind == "different":
             # Before it is called different, rounding is asked on the twin's own side too (trajectory.py).
-            twin = _Side(run, twins.controls()[place])
-            found = self._compare(representative, twin)
-            if found.verdict().kind == "different":
-                cause = self._cause(order, place, representative, twins.configurations)
-        return self._verdict(order, twins.configurations[place], run, found, cause)
+            found = self._compare(representative, _Side(run, twins.controls()[place]))
+        judged = self._verdict(order, configuration, run, found)
+        if judged.fault is None:
+            return judged
+        second = self._heard_in_float64(order, configuration)
+        if second is not None and second.verdict != "different":
+            rounded = {"verdict": "identical up to rounding", "first_step": None, "in_float64": second.verdict}
+            return judged.model_copy(update=rounded)
+        if judged.verdict != "different":
+            return judged
+        cause = self._cause(order, place, representative, twins.configurations) if second is None else second.cause
+        return judged.model_copy(update={"cause": cause, "in_float64": None if second is None else second.verdict})
+
+    def _heard_in_float64(self, order: ClassOrder, twin: Configuration) -> TwinVerdict | None:
+        """The verdict on the twin in float64, with its cause; None where that is not to be had."""
+        if self._wide_task is None:
+            return None
+        pair = ClassOrder(order.class_id, order.representative, (twin,))
+        (certificate,) = certify(self._wide_spec, self._wide_task(), [pair], steps=self._steps)
+        return certificate.twins[0]
 
     def _cause(self, order: ClassOrder, place: int, representative: _Side, pack: Sequence[Configuration]) -> str:
         """Why a twin is different: trains it again at its place, with constants put where the law wants them."""
@@ -180,9 +210,7 @@ class _Bench:
     def _compare(self, representative: _Side, twin: _Side) -> Comparison:
         return align(representative.run, twin.run, representative.controls, twin_controls=twin.controls, eps=self._eps)
 
-    def _verdict(
-        self, order: ClassOrder, twin: Configuration, run: Trajectory, found: Comparison, cause: str | None
-    ) -> TwinVerdict:
+    def _verdict(self, order: ClassOrder, twin: Configuration, run: Trajectory, found: Comparison) -> TwinVerdict:
         verdict = found.verdict()
         return TwinVerdict(
             configuration=twin,
@@ -194,7 +222,6 @@ class _Bench:
             max_deviation=verdict.max_deviation,
             envelope=verdict.envelope,
             horizon=verdict.horizon,
-            cause=cause,
             deviations=tuple(found.deviation_T.tolist()),
             envelopes=tuple(found.envelope_T.tolist()),
             losses=tuple(run.losses.tolist()),

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 
+from lora_core.causes import misplaced
 from sweeps import collapse
 from sweeps.canonical import CanonicalSpace, Continuous, Dimension
 from sweeps.certifying import ClassOrder
 from sweeps.errors import InputError
 from sweeps.reduction import Reduction
-from sweeps.space import Configuration
+from sweeps.space import DIMENSIONS, Configuration
 from sweeps.spec import Choice, SweepSpec
 
 _STANDARD_TRIALS = 64
 """Classes that stand for a continuous space, unless the spec says how many trials it gets."""
+
+_MOST_CLASSES = 10_000
+"""More than this would train for hours, and fill the memory with what they did."""
+
+_LEAST, _MOST = 1e-30, 1e30
+"""Twins of numbers beyond these would differ because float32 cannot hold them, not because the law is wrong."""
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 _TWINS_OF_ONE_ALPHA = (0.25, 4.0)
 """Where a spec has one alpha only, its twins are at these multiples of it: exact in binary."""
 
 
 def choose_classes(spec: SweepSpec, reduction: Reduction, wanted: int | None) -> list[ClassOrder]:
-    """Picks classes with twins, spread evenly over the space.
+    """Picks classes of two members or more, spread evenly over the space.
 
     Args:
         spec: whose space.
@@ -31,16 +42,16 @@ def choose_classes(spec: SweepSpec, reduction: Reduction, wanted: int | None) ->
         wanted: how many; None for all. A continuous space has no end of them: all means as many as it gets trials.
 
     Raises:
-        InputError: no configuration has a twin.
+        InputError: no configuration has a twin, or there are more classes than can be certified at once.
     """
     if reduction.classes is None:
-        return [_order(reduction, *drawn) for drawn in _draw(spec, reduction, wanted or _trials(spec))]
-    found = [(each.representative, each.id) for each in reduction.classes]
-    orders = [_order(reduction, *each) for each in found if collapse.twins(reduction, *each)]
-    # No class has two members: those that the law gives them elsewhere do as well.
-    orders = orders or [_order(reduction, *each) for each in found]
-    count = len(orders) if wanted is None else min(wanted, len(orders))
-    return [orders[i * len(orders) // count] for i in range(count)]
+        count = _at_most(wanted or spec.search.trials or _STANDARD_TRIALS)
+        return [_order(reduction, *drawn) for drawn in _draw(spec, reduction, count)]
+    # Where no class has two members, twins that the law gives them elsewhere do as well.
+    found = [each for each in reduction.classes if len(each.members) > 1] or reduction.classes
+    count = _at_most(len(found) if wanted is None else min(wanted, len(found)))
+    picked = (found[i * len(found) // count] for i in range(count))
+    return [_order(reduction, each.representative, each.id) for each in picked]
 
 
 def name_class(reduction: Reduction, text: str) -> ClassOrder:
@@ -66,7 +77,36 @@ def claim(reduction: Reduction, configuration: str, twins: Sequence[str]) -> Cla
             raise InputError(
                 f"twins have one rank: required {first.rank}; found {twin.rank}; no gauge changes the rank"
             )
-    return ClassOrder(reduction.class_id(first), first, claimed)
+    order = ClassOrder(reduction.class_id(first), first, claimed)
+    check_order(reduction, order)
+    return order
+
+
+def check_order(reduction: Reduction, order: ClassOrder) -> None:
+    """Refuses a class with numbers that the arithmetic of training does not hold.
+
+    Raises:
+        InputError: a number of a member is not above 0, or is too small or too large.
+    """
+    for member in (order.representative, *order.twins):
+        if not _is_trainable(reduction, order.representative, member):
+            raise _out_of_range(member)
+
+
+def _is_trainable(reduction: Reduction, representative: Configuration, member: Configuration) -> bool:
+    try:
+        point = reduction.point(member)
+        reduction.gauge_between(representative, member)
+    except (ValueError, ArithmeticError):
+        return False
+    positive = (member.alpha, member.lr, member.init_scale, member.lr_ratio, point.scaling, point.b.lr)
+    return all(_LEAST <= number <= _MOST for number in positive) and 0 <= member.weight_decay <= _MOST
+
+
+def _out_of_range(member: Configuration) -> InputError:
+    written = ",".join(f"{name}={value:g}" for name, value in asdict(member).items())
+    required = f"the numbers of a class, its twins' among them, must be between {_LEAST:g} and {_MOST:g}"
+    return InputError(f"{required}, for beyond that float32 ends; found {written}")
 
 
 def read_configuration(reduction: Reduction, text: str) -> Configuration:
@@ -75,28 +115,32 @@ def read_configuration(reduction: Reduction, text: str) -> Configuration:
     Raises:
         InputError: an unknown or repeated key, a value that is no number above 0, or a key left out that is searched.
     """
-    names = [field.name for field in fields(Configuration)]
     shape = "a configuration is written as rank=8,alpha=16,lr=0.01,init_scale=1"
     values: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in names or name in values:
-            raise InputError(f"{shape}, each of {', '.join(names)} at most once; found {part.strip()!r} in {text!r}")
+        if not equals or name not in DIMENSIONS or name in values:
+            known = ", ".join(DIMENSIONS)
+            raise InputError(f"{shape}, each of {known} at most once; found {part.strip()!r} in {text!r}")
         values[name] = _number(name, number, text)
-    for name in names:
+    for name in DIMENSIONS:
         if name not in values:
             values[name] = _constant(reduction, name, int(values.get("rank", 0)), text)
-    return Configuration(**{**values, "rank": int(values["rank"])})  # type: ignore[arg-type]
+    if values["weight_decay"] and reduction.law.decay is None:
+        found = f"{values['weight_decay']:g} in {text!r}"
+        raise InputError(f"weight_decay must be 0, for {reduction.law.name} has no weight decay; found {found}")
+    return Configuration(rank=int(values.pop("rank")), **values)
 
 
 def _number(name: str, text: str, whole: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    least = 0 if name == "weight_decay" else math.ulp(0.0)
-    if not least <= value < math.inf or (name == "rank" and value != int(value)):
-        required = "a whole number above 0" if name == "rank" else "a number above 0"
+    required = "a number above 0"
+    accepted = _NUMBER
+    if name == "rank":
+        required, accepted = "a whole number above 0", _WHOLE_NUMBER
+    elif name == "weight_decay":
+        required = "a number of at least 0"
+    value = float(text) if accepted.fullmatch(text) else math.nan
+    if not (0 < value < math.inf or (value == 0 and name == "weight_decay")):
         raise InputError(f"{name} must be {required}; found {text!r} in {whole!r}")
     return value
 
@@ -109,17 +153,42 @@ def _constant(reduction: Reduction, name: str, rank: int, text: str) -> float:
 
 
 def _order(reduction: Reduction, representative: Configuration, class_id: str) -> ClassOrder:
-    twins = collapse.twins(reduction, representative, class_id)
-    if not twins:
-        if reduction.stuck is not None and not reduction.travel:
-            raise InputError(f"a certificate needs twins; found none: {reduction.stuck}; write constants: travel")
-        alphas = [representative.alpha * k for k in _TWINS_OF_ONE_ALPHA]
-        twins = tuple(reduction.lift(representative, alpha) for alpha in alphas)
-    return ClassOrder(class_id, representative, twins)
+    try:
+        twins = collapse.twins(reduction, representative, class_id) or _twins_by_law(reduction, representative)
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError):
+        raise _out_of_range(representative) from None
+    order = ClassOrder(class_id, representative, twins)
+    check_order(reduction, order)
+    return order
 
 
-def _trials(spec: SweepSpec) -> int:
-    return spec.search.trials or _STANDARD_TRIALS
+def _twins_by_law(reduction: Reduction, representative: Configuration) -> tuple[Configuration, ...]:
+    """Twins at other values of alpha than the spec's.
+
+    Raises:
+        InputError: constants that are read literally leave it none.
+    """
+    twins = tuple(reduction.lift(representative, representative.alpha * k) for k in _TWINS_OF_ONE_ALPHA)
+    for twin in twins:
+        points = reduction.point(representative), reduction.point(twin)
+        off = misplaced(*points, reduction.law, reduction.gauge_between(representative, twin))
+        if off:
+            quantities = " and ".join(each.quantity for each in off)
+            raise InputError(
+                f"a certificate needs twins; found none: constants: fixed holds {quantities} where another alpha would "
+                "need another value; write constants: travel, or name a --configuration and a --twin to put on trial"
+            )
+    return twins
+
+
+def _at_most(count: int) -> int:
+    if count > _MOST_CLASSES:
+        raise InputError(
+            f"at most {_MOST_CLASSES:,} classes can be certified at once; found {count:,}; take some with --classes N"
+        )
+    return count
 
 
 def _draw(spec: SweepSpec, reduction: Reduction, count: int) -> Iterator[tuple[Configuration, str]]:
@@ -138,7 +207,7 @@ def _draw(spec: SweepSpec, reduction: Reduction, count: int) -> Iterator[tuple[C
 def _at(dimension: Dimension, share: float) -> float:
     """The value below which that share of a dimension lies."""
     if not isinstance(dimension, Continuous):
-        return dimension.values[int(share * len(dimension.values))]
+        return dimension.values[min(int(share * len(dimension.values)), len(dimension.values) - 1)]
     if dimension.log:
         return float(dimension.low * (dimension.high / dimension.low) ** share)
     return dimension.low + (dimension.high - dimension.low) * share

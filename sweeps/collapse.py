@@ -49,6 +49,9 @@ class TwinVerdict(BaseModel):
     on; None if there is none."""
     cause: str | None = None
     """Why it is different, as far as training it again with suspects removed could tell; None unless different."""
+    in_float64: VerdictKind | None = None
+    """The verdict on the same twin in float64, which is heard where float32's is not what the law says; None where it
+    was not. If that is not `different`, what looked different was rounding."""
     deviations: tuple[float, ...] = ()
     """At each step, the relative deviation of the loss or update norm that is the most envelopes away."""
     envelopes: tuple[float, ...] = ()
@@ -70,7 +73,8 @@ class TwinVerdict(BaseModel):
             step = "" if self.first_step is None else f" from step {self.first_step}"
             return f"{twin} is different{step}" + (f": {self.cause}" if self.cause else "")
         if self.exact_in_binary and self.verdict != "bit-identical":
-            return f"{twin} is exact in binary and had to be bit-identical, but is {self.verdict}"
+            why = "; in float64 it is: numbers here leave float32's range" if self.in_float64 == "bit-identical" else ""
+            return f"{twin} is exact in binary and had to be bit-identical, but is {self.verdict}{why}"
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Pref
         SpecError: target modules, ranks or batch size that the model or the data cannot serve.
     """
     spec = document.spec
-    task = load_task(spec, cache=cache, device=torch.device("cpu"))
+    task = task_loader(cache)(spec)
     try:
         targets = find_targets(task.model, spec.lora.target_modules)
     except NoTargetError as error:
@@ -71,6 +71,11 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Pref
     if faults:
         raise SpecError(document.source, tuple(faults))
     return Preflight(task, layers, workers=local_workers(spec))
+
+
+def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
+    """Loads the tasks of specs as `preflight` does: on the CPU."""
+    return lambda spec: load_task(spec, cache=cache, device=torch.device("cpu"))
 
 
 def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, pack: int) -> float:

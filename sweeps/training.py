@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,8 @@ class JobRunner:
         if order.work == "certify":
             member = order.members[0]
             wanted = ClassOrder(member.class_id, member.configuration, order.twins, member.trial)
-            (certificate,) = certify(spec, task, [wanted], steps=order.stop)
+            in_float64 = partial(load_task, cache=Path(order.cache), device=device_here())
+            (certificate,) = certify(spec, task, [wanted], steps=order.stop, in_float64=in_float64)
             train_s = time.perf_counter() - started_s - setup_s
             return JobResult(job=order.job, certificate=certificate.model_dump(), setup_s=setup_s, train_s=train_s)
         members, train_s, eval_s = train_members(spec, task, order)
@@ -54,9 +56,13 @@ class JobRunner:
     def _task(self, spec: SweepSpec, cache: Path) -> Task:
         key = f"{spec.task.model_dump_json()} {spec.train.dtype}"
         if self._loaded is None or self._loaded[0] != key:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            self._loaded = (key, load_task(spec, cache=cache, device=device))
+            self._loaded = (key, load_task(spec, cache=cache, device=device_here()))
         return self._loaded[1]
+
+
+def device_here() -> torch.device:
+    """Where a worker trains: the GPU that it was given, if any."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[MemberResult, ...], float, float]:

@@ -131,7 +131,8 @@ def rational_twin(law, root, lr, c, eps, wd, clip, s_squared):
     """The configuration with root**2 times the alpha, in rationals, by the law as DESIGN and the literature put it."""
     step = root ** (1 + law.degree)
     decay = step if law.decay == "decoupled" else root**2
-    moved_eps = eps * root if "eps" in law.powers else eps
+    # Adadelta's eps is added to squared gradients, the others' to gradients; SGD has none.
+    moved_eps = eps * root ** {"adadelta": 2, "sgd": 0, "asgd": 0, "rprop": 0}.get(law.name, 1)
     return lr / step, c / root, moved_eps, wd * decay, clip * root, s_squared * root**4
 
 
@@ -190,7 +191,9 @@ def test_default_init_is_the_twin_with_init_scale_one(point, law):
     for before, after in ((point.a, twin.a), (point.b, twin.b)):
         assert after.lr**2 * twin.scaling**degree == pytest.approx(before.lr**2 * point.scaling**degree, rel=1e-12)
         if "eps" in law.powers:
-            assert after.eps**2 / twin.scaling == pytest.approx(before.eps**2 / point.scaling, rel=1e-12)
+            power = law.powers["eps"]
+            here, there = before.eps**2 / point.scaling**power, after.eps**2 / twin.scaling**power
+            assert there == pytest.approx(here, rel=1e-12)
     if point.clip_norm is not None:
         assert twin.clip_norm**2 / twin.scaling == pytest.approx(point.clip_norm**2 / point.scaling, rel=1e-12)
 

@@ -5,8 +5,9 @@
 
 Trains the population of tests/lora_core/verdict_experiment.py, which says what is in it, on one CPU thread, and prints
 Markdown. By default it is the very population of tests/lora_core/test_verdict_errors.py. The envelopes that a near-twin
-reaches are those of its first verdict; misses are counted in the last. Bounds are 95%: the rule of three where nothing
-was counted, else Wilson's upper limit. `--weak` is how many cases are added for each range of weight decay too weak
+reaches are those of its first verdict; misses are counted in the last. Bounds are one-sided, 95%: the rule of three
+where nothing was counted, else Wilson's upper limit. They are of cases, a case counting once: its runs share their
+representative and its controls, so they are not independent. `--weak` is how many cases are added for each range of weight decay too weak
 for that population.
 """
 
@@ -32,10 +33,10 @@ SHARES = ((0.3, 1.0), (0.1, 0.3), (0.03, 0.1), (0.01, 0.03))
 
 
 def upper_bound(events: int, runs: int) -> float:
-    """Returns the upper end of the 95% confidence interval of a rate: the rule of three, or Wilson's."""
+    """Returns a bound that a rate lies below with 95% confidence: the rule of three, or Wilson's."""
     if not events:
         return min(1.0, 3 / runs)
-    z, rate = 1.96, events / runs
+    z, rate = 1.645, events / runs
     middle = rate + z * z / (2 * runs)
     return (middle + z * math.sqrt(rate * (1 - rate) / runs + z * z / (4 * runs * runs))) / (1 + z * z / runs)
 
@@ -65,13 +66,14 @@ def main() -> None:
 
 
 def _twins(twins: Sequence[Judged]) -> Iterable[str]:
-    yield "| twins | worst, in envelopes | false alarms | rate, 95% below |"
+    yield "| twins | worst, in envelopes | false alarms | cases, 95% below |"
     yield "|---|---|---|---|"
     for heard, name in ((False, "first verdict"), (True, "heard again with controls of their own")):
         verdicts = [judged.verdict(heard=heard) for judged in twins]
         alarms = sum(verdict.kind == "different" for verdict in verdicts)
         worst = max(verdict.max_ratio for verdict in verdicts)
-        yield f"| {len(twins)}, {name} | {worst:.1f} | {alarms} | {upper_bound(alarms, len(twins)):.1%} |"
+        bound = _bound_by_case(twins, [verdict.kind == "different" for verdict in verdicts])
+        yield f"| {len(twins)}, {name} | {worst:.1f} | {alarms} | {bound:.1%} |"
     heard_again = sum(bool(judged.run_controls) for judged in twins)
     diverged = len({judged.case.seed for judged in twins if not _finite(judged)})
     yield f"\nHeard again: {heard_again} twins. Diverged: {diverged} representatives."
@@ -79,7 +81,7 @@ def _twins(twins: Sequence[Judged]) -> Iterable[str]:
 
 def _near_twins(population: Sequence[Judged]) -> Iterable[str]:
     mildest = f"mildest, in envelopes (threshold {THRESHOLD:g})"
-    yield f"| off by | quantity | near-twins | {mildest} | misses | rate, 95% below |"
+    yield f"| off by | quantity | near-twins | {mildest} | misses | cases, 95% below |"
     yield "|---|---|---|---|---|---|"
     for size in SIZES:
         for quantity in (*QUANTITIES, "all"):
@@ -88,7 +90,7 @@ def _near_twins(population: Sequence[Judged]) -> Iterable[str]:
 
 
 def _weak(cases: int) -> Iterable[str]:
-    yield "| precision | lr x wd x steps | near-twins | mildest, in envelopes | misses | rate, 95% below |"
+    yield "| precision | lr x wd x steps | near-twins | mildest, in envelopes | misses | cases, 95% below |"
     yield "|---|---|---|---|---|---|"
     for dtype in (torch.float32, torch.float64):
         for share in SHARES:
@@ -100,9 +102,15 @@ def _weak(cases: int) -> Iterable[str]:
 
 def _misses(name: str, group: Sequence[Judged]) -> str:
     verdicts = [judged.verdict() for judged in group]
-    missed = sum(verdict.kind != "different" for verdict in verdicts)
+    missed = [verdict.kind != "different" for verdict in verdicts]
     mildest = min(judged.verdict(heard=False).max_ratio for judged in group)
-    return f"| {name} | {len(group)} | {mildest:,.3g} | {missed} | {upper_bound(missed, len(group)):.1%} |"
+    return f"| {name} | {len(group)} | {mildest:,.3g} | {sum(missed)} | {_bound_by_case(group, missed):.1%} |"
+
+
+def _bound_by_case(group: Sequence[Judged], wrong: Sequence[bool]) -> float:
+    """The bound on the share of cases in which anything is wrong."""
+    bad = {judged.case.seed for judged, is_wrong in zip(group, wrong, strict=True) if is_wrong}
+    return upper_bound(len(bad), len({judged.case.seed for judged in group}))
 
 
 def _finite(judged: Judged) -> bool:

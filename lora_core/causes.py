@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Literal, TypeVar
 
 from lora_core.gauge import Gauge, Point, regauge
@@ -104,7 +104,7 @@ class Cause:
         standing: whether the names were confirmed by reruns, are only suspected, or nothing is known; or the optimizer
             has no law, so that no equality was to be expected.
         names: the cause, or the causes that act together.
-        alternatives: other sets, no larger, whose removal helps just as well.
+        alternatives: other sets, as large, whose removal helps just as well.
         cleared: where the cause is unknown, the suspects whose removal did not help.
         reruns: how many runs the elimination took.
         reason: why the optimizer has no law.
@@ -123,7 +123,8 @@ class Cause:
         if self.standing == "no law":
             return f"The twin need not be the same: {self.reason}."
         if self.standing == "unknown" and self.cleared:
-            tried = "put right" if len(self.cleared) == 1 else "put right, alone and together"
+            how = ", all together" if self.reruns == 1 else ", alone and together"
+            tried = "put right" + (how if len(self.cleared) > 1 else "")
             return f"The cause is unknown: the twin stays different with {_listed(self.cleared)} {tried}."
         if self.standing == "unknown":
             return "The cause is unknown: every constant is where the law puts it, and nothing else is suspected."
@@ -156,23 +157,42 @@ def find_cause(
 ) -> Cause:
     """Finds out why a twin is different, by training it again with suspects removed: one, then two, and so on.
 
+    Where there are more sets of suspects than reruns, the other way round: all of them are removed, and put back one by
+    one as long as the twin stays the same. What is left then is a cause too, but there may be a smaller one.
+
     Args:
         verdict_of: trains a twin (and its representative, where a remedy changes that too) and gives the verdict.
         remedies: for each suspect, by name, what removes it: it returns a twin as it should be in this one respect.
         twin: one whose verdict is `different`.
-        max_reruns: after so many the cause counts as unknown; 63 do for six suspects.
+        max_reruns: of all sets, if they are no more; 63 do for six suspects.
     """
     names, reruns = tuple(remedies), 0
+
+    def cured(suspects: Sequence[str]) -> bool:
+        nonlocal reruns
+        reruns += 1
+        return verdict_of(reduce(lambda each, name: remedies[name](each), suspects, twin)).kind != "different"
+
+    if 2 ** len(names) - 1 > max_reruns:
+        found = _put_back(names, cured)
+        return Cause("confirmed", found, reruns=reruns) if found else Cause("unknown", cleared=names, reruns=reruns)
     for size in range(1, len(names) + 1):
-        cures = []
-        for suspects in islice(combinations(names, size), max_reruns - reruns):
-            reruns += 1
-            mended = reduce(lambda each, name: remedies[name](each), suspects, twin)
-            if verdict_of(mended).kind != "different":
-                cures.append(suspects)
+        cures = [suspects for suspects in combinations(names, size) if cured(suspects)]
         if cures:
             return Cause("confirmed", cures[0], alternatives=tuple(cures[1:]), reruns=reruns)
     return Cause("unknown", cleared=names, reruns=reruns)
+
+
+def _put_back(names: tuple[str, ...], cured: Callable[[Sequence[str]], bool]) -> tuple[str, ...]:
+    """A set of suspects all of which must be removed; empty where not even the removal of all helps."""
+    if not cured(names):
+        return ()
+    needed = names
+    for name in names:
+        rest = tuple(each for each in needed if each != name)
+        if rest and cured(rest):
+            needed = rest
+    return needed
 
 
 # -- a point, constant by constant -------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.gauge import FactorSettings, Gauge, Point, regauge
-from lora_core.laws import LAWS, OptimizerLaw
-from lora_core.optimizers import Kernel, OptimizerConfig, PackOptimizer
+from lora_core.laws import LAWS, Kernel, OptimizerLaw
+from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from lora_core.seeds import generator
 from lora_core.train import Schedule, ScheduleKind, batch_indices, train_pack
 from lora_core.trajectory import Trajectory, record_trajectories
@@ -167,15 +167,8 @@ def cases(law: OptimizerLaw, *, device: torch.device | None = None) -> Iterator[
         if dtype.itemsize < 4 and law.wrong_in_half and law.wrong_in_half.items() <= options.items():
             continue  # refused
         yield Case(law, options, dtype, regimen, device=where)
-    for kernel in kernels(law):
+    for kernel in law.kernels:
         yield Case(law, {}, torch.float32, CLIPPED, kernel, where)
-
-
-def kernels(law: OptimizerLaw) -> tuple[Kernel, ...]:
-    """The ways in which torch can run through an optimizer's parameters."""
-    if law.matrices:
-        return ("loop",)
-    return ("fused", "foreach", "loop") if law.fused else ("foreach", "loop")
 
 
 def same_bits(one: Trajectory, other: Trajectory) -> bool:

@@ -113,12 +113,12 @@ class Discovery:
         if self.powers is not None:
             at = ", ".join(_fraction(k) for k in self.confirmed)
             said = f"{self._same_run(self.powers)}: bit-identical over {self.steps} steps at k = {at}"
-            others = "; ".join(each.describe() for each in self.alternatives)
+            others = "; ".join(self._moves(each) for each in self.alternatives)
             return f"{said}. So is each of these, and it is not known which one is meant: {others}" if others else said
         if self.obstacle is not None:
             said = f"nothing can be found: {self.obstacle}"
         else:
-            said = "there is none among the half-integer exponents"
+            said = "it has no law with half-integer exponents"
         if self.obstacle is None and len(self.telling) > MOST_MOVED:
             said += f" with at most {MOST_MOVED} of {', '.join(self.telling)} moved"
         if self.obstacle is None and self.nearest is not None:
@@ -136,12 +136,15 @@ class Discovery:
         return {**asdict(self), "text": self.text}
 
     def _same_run(self, powers: Exponents) -> str:
+        return f"at alpha x k the same run has {self._moves(powers)}"
+
+    def _moves(self, powers: Exponents) -> str:
         moves = {"lr": powers.lr_power, "init_scale": -1, **powers.powers}
         if self.weight_decay is not None and self.powers is not None:
             moves["weight_decay"] = powers.decay_power
         if self.clipped:
             moves["clip_norm"] = 1
-        return "at alpha x k the same run has " + ", ".join(_in_words(name, power) for name, power in moves.items())
+        return ", ".join(_in_words(name, power) for name, power in moves.items())
 
 
 def _in_words(name: str, power: int) -> str:

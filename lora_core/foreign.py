@@ -108,7 +108,7 @@ class ForeignOptimizer:
             ValueError: the constructor raises, or what it returns is not an optimizer with these parameter groups that
                 steps without a closure.
         """
-        pairs = [(group["params"][0], _contiguous(group["params"][0])) for group in groups]
+        pairs = [(group["params"][0], _own_copy(group["params"][0])) for group in groups]
         # Constants are given as arguments alone: in a group they would replace what the constructor makes of them.
         kept = [name for name in ("lr", self._decay) if name in groups[0]]
         handed = [
@@ -120,12 +120,33 @@ class ForeignOptimizer:
             optimizer = self.make(handed, **arguments)
         except Exception as error:
             raise ValueError(f"{self.name} refuses {arguments}: {type(error).__name__}: {error}") from error
-        if not isinstance(optimizer, torch.optim.Optimizer) or len(optimizer.param_groups) != len(groups):
-            raise ValueError(f"{self.name} must return an optimizer with {len(groups)} groups; found {optimizer!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer) or len(getattr(optimizer, "param_groups", ())) != len(
+            groups
+        ):
+            raise ValueError(
+                f"{self.name} must return an optimizer with {len(groups)} groups; found a {type(optimizer).__name__}"
+            )
         if needed := _required(inspect.signature(optimizer.step).parameters):
             raise ValueError(f"{self.name} must step without arguments; found that it needs {', '.join(needed)}")
-        _keep_in_step([pair for pair in pairs if pair[0] is not pair[1]], optimizer)
+        try:
+            _keep_in_step(pairs, optimizer)
+        except AttributeError as error:
+            raise ValueError(f"{self.name} must call torch.optim.Optimizer.__init__; found: {error}") from error
+        optimizer.step = self._named(optimizer.step)  # type: ignore[assignment]
         return optimizer
+
+    def _named(self, step: Callable[[], Any]) -> Callable[[], Any]:
+        """A step that says whose fault it is when it raises."""
+
+        def named() -> Any:
+            try:
+                return step()
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise ValueError(f"{self.name} fails in its step: {type(error).__name__}: {error}") from error
+
+        return named
 
     _decay = "weight_decay"
 
@@ -161,8 +182,9 @@ def _numbers(default: Any) -> Constant | None:
     return None
 
 
-def _contiguous(param: nn.Parameter) -> nn.Parameter:
-    return param if param.is_contiguous() else nn.Parameter(param.detach().contiguous())
+def _own_copy(param: nn.Parameter) -> nn.Parameter:
+    # Of every matrix: an optimizer that sets `p.data` would cut a view of the bank off, and go on training its own.
+    return nn.Parameter(param.detach().clone(memory_format=torch.contiguous_format))
 
 
 def _keep_in_step(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], optimizer: torch.optim.Optimizer) -> None:

@@ -78,7 +78,7 @@ class FactorSettings:
     def eps(self) -> float | None:
         """The constant of that name, None where there is none."""
         value = self.constants.get("eps")
-        return value if isinstance(value, float) else None
+        return None if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ from typing import Any, Literal
 Decay = Literal["l2", "decoupled"]
 Constant = float | tuple[float, ...]
 
+Kernel = Literal["fused", "foreach", "loop"]
+"""How torch runs through the parameters: one kernel for all, one operation for all, or one after the other."""
+
 
 class NoLawError(ValueError):
     """An optimizer for which no equivalence between values of alpha is known; the message gives the reason."""
@@ -72,6 +75,10 @@ class Option:
     states: int = 0
 
 
+def _no_conflict(settings: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class OptimizerLaw:
     """A row of the table.
@@ -109,7 +116,7 @@ class OptimizerLaw:
     arithmetic: Literal["bfloat16"] | None = None
     scheduled: bool = True
     variants: tuple[Mapping[str, Any], ...] = ()
-    conflict: Callable[[Mapping[str, Any]], str | None] = lambda settings: None
+    conflict: Callable[[Mapping[str, Any]], str | None] = _no_conflict
 
     @property
     def lr_power(self) -> int:
@@ -125,6 +132,13 @@ class OptimizerLaw:
     def powers(self) -> dict[str, int]:
         """The powers of its absolute constants, by keyword."""
         return {name: constant.power for name, constant in self.absolute.items()}
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The ways in which torch can run through its parameters."""
+        if self.matrices:
+            return ("loop",)
+        return ("fused", "foreach", "loop") if self.fused else ("foreach", "loop")
 
     def constants(self, given: Mapping[str, Constant] | None = None) -> dict[str, Constant]:
         """Every absolute constant: the given ones, else the defaults. What it does not have is left out."""
@@ -400,8 +414,8 @@ LAWS: dict[str, OptimizerLaw] = {
 """The optimizers of torch.optim that train dense parameters and have a law."""
 
 WITHOUT_LAW: dict[str, str] = {
-    "radam": "its warm-up phase takes steps of degree 1 in the gradient and its later phase of degree 0, so no one "
-    "power of k compensates alpha",
+    "radam": "its warm-up phase takes steps of degree 1 in the gradient and, with beta2 above 2/3, its later phase of "
+    "degree 0, so no one power of k compensates alpha",
     "adafactor": "its first eps is compared with a mean of squared gradients, and its square with squared gradients, "
     "so no one power of k serves both",
     "lbfgs": "its first step is divided by the gradient's norm only where that is above 1, an absolute constant, and "

@@ -20,17 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.adapter import LoraBank, Slot
 from lora_core.gauge import FactorSettings, Point
-from lora_core.laws import law_of
-
-Kernel = Literal["fused", "foreach", "loop"]
-"""How torch runs through the parameters: one kernel for all, one operation for all, or one after the other."""
+from lora_core.laws import Kernel, law_of
 
 
 class OptimizerKind(Protocol):
@@ -70,7 +67,11 @@ class OptimizerConfig:
     kernel: Kernel | None = None
 
     def __post_init__(self) -> None:
-        law_of(self.name).settings(self.options)
+        law = law_of(self.name)
+        law.settings(self.options)
+        kernels = law.kernels
+        if self.kernel is not None and self.kernel not in kernels:
+            raise ValueError(f"{self.name} has the kernels {', '.join(kernels)}; found {self.kernel!r}")
 
     @property
     def matrices(self) -> bool:
@@ -112,6 +113,8 @@ class OptimizerConfig:
         half = groups[0]["params"][0].dtype.itemsize < 4
         if half:
             law.check_half_precision(settings)
+        if half and self.kernel == "fused" and law.fused == "exact":
+            raise ValueError(f"torch's fused {law.kind} is wrong in half precision: use another kernel")
         kernel = self.kernel or ("fused" if law.fused is True or (law.fused and not half) else None)
         how: dict[str, Any] = {"fused": True} if kernel == "fused" else {}
         if kernel in ("foreach", "loop") and not law.matrices:  # matrices are always taken one by one
@@ -211,7 +214,7 @@ class PackOptimizer:
         [].
 
         Whatever tensors torch.optim keeps are in it, so it does not depend on the optimizer. Empty before the first
-        step.
+        step, but for optimizers that begin with one (Adagrad).
         """
         rank, tensors = self.bank.members[k].point.rank, {}
         for part, optimizer in self._parts_of(k):

@@ -148,11 +148,12 @@ def _accumulate(bank: LoraBank, losses_K: Callable[[int], Tensor], batches: rang
             if losses.shape != (len(bank.members),):
                 required = f"the loss must have one entry a member, shape ({len(bank.members)},)"
                 raise ValueError(f"{required}; found {tuple(losses.shape)}")
-            (losses / len(batches)).sum().backward()  # type: ignore[no-untyped-call]
+            share = losses if len(batches) == 1 else losses / len(batches)
+            share.sum().backward()  # type: ignore[no-untyped-call]
             shares.append(losses.detach().double())
     finally:
         bank.batch = None
-    return torch.stack(shares).mean(dim=0)
+    return shares[0] if len(shares) == 1 else torch.stack(shares).mean(dim=0)
 
 
 def _step(optimizer: PackOptimizer, losses: Tensor, step: int, schedule: Schedule) -> StepRecord:

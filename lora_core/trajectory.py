@@ -21,12 +21,12 @@ them may fall on one side and a true twin on the other. The remedy is to ask the
 different it gets control runs of its own (`twin_controls`), and the envelope takes in how far rounding takes them from
 the twin. If rounding sends a fraction p of all runs to the one side, the chance of such an alarm was
 p (1 - p)**(1 + C) + p**(1 + C) (1 - p), 7% at worst with four controls; with four more of the twin it is
-2 (p (1 - p))**(1 + C), 0.2% at worst. A twin that is off gains nothing: its own controls are off with it.
+2 (p (1 - p))**(1 + C), 0.2% at worst. A twin that is off gains little: its own controls are off with it.
 
 Where rounding alone has moved a quantity by a tenth (`HORIZON`), ten envelopes are as much as the quantity itself: from
 there on it tells nothing. A run that blows up may reach that within steps; the verdict is on what came before, and says
-where that ended. And where both losses have left all bounds (`SPENT`), the next thing to happen is an overflow, which
-comes at another step in another gauge: the comparison ends there.
+where that ended. And where both losses have left all bounds (`SPENT` times where they began), the next thing to happen
+is an overflow, which comes at another step in another gauge: the comparison ends there, and the verdict says so too.
 
 `benchmarks/verdicts.py` measures both error rates, docs/LOG.md has them; the threshold of 10 is from there.
 """
@@ -84,12 +84,13 @@ class Verdict:
         kind: one of the three words.
         max_ratio: the largest deviation in units of the envelope; 0 if bit-identical.
         first_step: the first step (from 1) outside the envelope; None unless different.
-        first_difference: the first step (from 1) at which any bit of any quantity followed differs; None if and only
-            if bit-identical.
+        first_difference: the first step (from 1) of those compared at which any bit of any quantity followed differs;
+            None if and only if bit-identical.
         max_deviation: the largest relative deviation over steps and quantities; 0 if bit-identical.
         envelope: the largest over steps and quantities: how far rounding alone took the controls, floor included.
         horizon: the first step (from 1) at which rounding alone decides one of the quantities, which is not judged from
             there on; None if there is none.
+        compared_steps: how many steps were compared: all, or those before both losses left all bounds.
     """
 
     kind: VerdictKind
@@ -99,6 +100,7 @@ class Verdict:
     max_deviation: float = 0.0
     envelope: float = FLOAT32_EPS
     horizon: int | None = None
+    compared_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Comparison:
             max_deviation=float(self.deviation_TQ.max()),
             envelope=float(self.envelope_TQ.max()),
             horizon=int(beyond[0]) + 1 if beyond else None,
+            compared_steps=len(self.ratio_T),
         )
 
     @property
@@ -158,9 +161,9 @@ class Comparison:
 
 
 def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS, arithmetic: torch.dtype | None = None) -> Member:
-    """Returns a member's control run: its initial A and all its constants moved by one unit in the last place.
+    """Returns a member's control run: its initial A and its constants moved by one unit in the last place.
 
-    The constants are moved too because a gauge rounds them anew, each in one direction for the whole run. That adds up
+    Constants that a gauge moves are moved too (so not those of DoRA's magnitudes), because a gauge rounds them anew, each in one direction for the whole run. That adds up
     along the weights as the rounding of single elements of A does not.
 
     Args:
@@ -251,8 +254,8 @@ def align(
     """Puts a twin beside its representative, step by step; the arguments are those of `compare`.
 
     Non-finite values count as equal where both runs have the same ones at the same places, else as infinitely far
-    apart; a run that ended early counts as NaN from there on. From where both losses are beyond 2**40 or not numbers,
-    nothing is compared. Where a control parts from its run in this way, rounding
+    apart; a run that ended early counts as NaN from there on. From where both losses are 2**40 times what they began
+    with (or 1, if that is more), or not numbers, nothing is compared. Where a control parts from its run in this way, rounding
     alone makes the difference between diverging now and a step later, so the envelope is infinite from there on.
     Without controls the envelope is its floor.
 
@@ -263,7 +266,7 @@ def align(
     if any(run.update_norms.shape[1] != representative.update_norms.shape[1] for run in runs):
         raise ValueError("trajectories must follow the same layers; found different numbers of them")
     steps = max(len(representative.losses), len(twin.losses))
-    steps = _sane(representative, twin, steps)
+    steps = _steps_within_bounds(representative, twin, steps)
     base_TQ, twin_TQ, *others = (_ended(run.quantities_TQ, steps) for run in runs)
     spreads = [_deviation(base_TQ, control_TQ) for control_TQ in others[: len(controls)]]
     spreads += [_deviation(twin_TQ, control_TQ) for control_TQ in others[len(controls) :]]
@@ -276,10 +279,11 @@ def align(
     )
 
 
-def _sane(one: Trajectory, other: Trajectory, steps: int) -> int:
+def _steps_within_bounds(one: Trajectory, other: Trajectory, steps: int) -> int:
     """Steps, at least one, before both losses are beyond all bounds, or not numbers."""
     losses_2T = torch.stack([_ended(run.losses[:, None], steps)[:, 0] for run in (one, other)])
-    spent = (~(losses_2T.abs() < SPENT)).all(dim=0).nonzero().flatten().tolist()
+    bounds_21 = SPENT * losses_2T[:, :1].abs().nan_to_num(0.0, 0.0, 0.0).clamp(min=1.0)
+    spent = (~(losses_2T.abs() < bounds_21)).all(dim=0).nonzero().flatten().tolist()
     return max(1, int(spent[0])) if spent else steps
 
 

@@ -222,6 +222,7 @@ class _Bench:
             max_deviation=verdict.max_deviation,
             envelope=verdict.envelope,
             horizon=verdict.horizon,
+            compared_steps=verdict.compared_steps,
             deviations=tuple(found.deviation_T.tolist()),
             envelopes=tuple(found.envelope_T.tolist()),
             losses=tuple(run.losses.tolist()),

@@ -47,6 +47,8 @@ class TwinVerdict(BaseModel):
     horizon: int | None = None
     """The first step (from 1) at which rounding alone decides a loss or an update norm, which is not judged from there
     on; None if there is none."""
+    compared_steps: int | None = None
+    """Steps that were compared: fewer than were trained where both losses left all bounds; None in old records."""
     cause: str | None = None
     """Why it is different, as far as training it again with suspects removed could tell; None unless different."""
     in_float64: VerdictKind | None = None

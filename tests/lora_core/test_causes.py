@@ -345,10 +345,16 @@ def test_the_smallest_set_that_helps_is_the_cause():
     assert (cause.names, cause.alternatives) == (("lr", "clip"), ())
 
 
-def test_elimination_stops_after_so_many_reruns():
-    remedies = removing(*"abcdefgh")
-    cause = find_cause(judge([]), remedies, frozenset(), max_reruns=10)
-    assert (cause.standing, cause.reruns) == ("unknown", 10)
+@pytest.mark.parametrize("needed", ["abcdefgh", "aceg", "h", "ab"])
+def test_many_suspects_are_put_back_one_by_one(needed):
+    cause = find_cause(judge([set(needed)]), removing(*"abcdefgh"), frozenset())
+    assert (cause.standing, cause.names, cause.reruns) == ("confirmed", tuple(needed), 9 if len(needed) > 1 else 8)
+
+
+def test_many_suspects_that_are_none_take_one_rerun():
+    cause = find_cause(judge([]), removing(*"abcdefgh"), frozenset())
+    assert (cause.standing, cause.reruns) == ("unknown", 1)
+    assert cause.text.endswith("a, b, c, d, e, f, g and h put right, all together.")
 
 
 def test_without_reruns_a_cause_is_only_suspected():

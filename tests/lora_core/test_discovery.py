@@ -198,7 +198,7 @@ def test_a_floor_is_raised_until_it_makes_a_difference():
 def test_radam_has_none_because_its_warm_up_is_of_another_degree():
     found = search(torch.optim.RAdam)
     assert found.powers is None
-    assert found.text == "there is none among the half-integer exponents: the nearest, lr / k, parts at step 6"
+    assert found.text == "it has no law with half-integer exponents: the nearest, lr / k, parts at step 6"
 
 
 def test_adafactors_hidden_floor_is_found_to_spoil_it():
@@ -221,7 +221,7 @@ def test_a_clipped_update_needs_the_power_of_a_gradient_for_its_limit():
 def test_an_absolute_constant_that_cannot_be_set_leaves_none():
     found = search(ClippedForGood, 0.1)
     assert found.powers is None
-    assert found.text.startswith("there is none among the half-integer exponents: the nearest, lr")
+    assert found.text.startswith("it has no law with half-integer exponents: the nearest, lr")
 
 
 def test_two_constants_that_must_move_are_found_together():
@@ -235,7 +235,8 @@ def test_exponents_that_do_as_well_are_all_named():
         (("other", 1),),
     }
     assert found.text.endswith(
-        "So is each of these, and it is not known which one is meant: lr / sqrt(k), other x sqrt(k)"
+        "So is each of these, and it is not known which one is meant: "
+        "lr / sqrt(k), init_scale / sqrt(k), other x sqrt(k)"
     )
 
 
@@ -340,3 +341,38 @@ def test_it_trains_as_the_optimizer_of_the_table_does(gauge):
 def test_its_matrices_are_contiguous_as_in_a_stock_trainer():
     point = make_point(0.01)
     assert same_bits(*(runner(ForeignOptimizer(make))(point, STEPS) for make in (Viewing, SignSgd)))
+
+
+class Assigning(torch.optim.Optimizer):
+    """Follows signs of tall matrices and clamps wide ones, so it has no law; and sets `.data` where others write."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = p.grad.sign() if p.shape[0] > p.shape[1] else p.grad.clamp(-1e-3, 1e-3)
+                p.data = p.data - group["lr"] * step
+
+
+def test_an_optimizer_that_sets_data_trains_all_the_same():
+    assert search(Assigning).powers is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (torch.optim.SparseAdam, "SparseAdam fails in its step: RuntimeError: SparseAdam does not support dense"),
+        (
+            type(
+                "Bare", (torch.optim.Optimizer,), {"__init__": lambda self, params, lr: None, "step": lambda self: None}
+            ),
+            "Bare ",
+        ),
+    ],
+)
+def test_an_optimizer_that_cannot_step_is_refused_by_name(kind, message):
+    with pytest.raises(ValueError, match=message):
+        search(kind)

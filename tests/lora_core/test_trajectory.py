@@ -232,8 +232,15 @@ def test_nothing_is_compared_once_both_losses_are_beyond_all_bounds(last):
     base = trajectory(1.0, 1e13, math.nan, norms=(1.0, 2.0, 2.0))
     twin = trajectory(1.0, *last, norms=(1.0, 3.0, 4.0))
     assert compare(base, twin, []).kind == "bit-identical"
+    assert compare(base, twin, []).compared_steps == 1
     verdict = compare(base, trajectory(1.01, *last), [base])
     assert (verdict.kind, verdict.first_step) == ("different", 1)
+
+
+def test_losses_that_are_large_from_the_start_are_compared():
+    base = trajectory(3e12, 2.5e12, 2e12, norms=(0.0, 1.0, 2.0))
+    verdict = compare(base, trajectory(3e12, 2.9e12, 1.2e12, norms=(0.0, 0.5, 5.0)), [base])
+    assert (verdict.kind, verdict.first_step, verdict.compared_steps) == ("different", 2, 3)
 
 
 def test_a_run_that_ended_early_is_different_from_one_that_went_on():

@@ -56,7 +56,7 @@ def test_an_optimizer_of_ones_own_gets_its_law(here):
 def test_one_that_has_no_law_is_said_to_have_none(here):
     done = run_cli("certify", "small.yaml", "--optimizer", "own:Capped", "--steps", "10", cwd=here)
     assert done.returncode == 1
-    assert done.stdout.startswith("Capped: there is none among the half-integer exponents")
+    assert done.stdout.startswith("Capped: it has no law with half-integer exponents")
 
 
 @pytest.mark.parametrize(

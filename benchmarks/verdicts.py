@@ -7,8 +7,8 @@ Trains the population of tests/lora_core/verdict_experiment.py, which says what 
 Markdown. By default it is the very population of tests/lora_core/test_verdict_errors.py. The envelopes that a near-twin
 reaches are those of its first verdict; misses are counted in the last. Bounds are one-sided, 95%: the rule of three
 where nothing was counted, else Wilson's upper limit. They are of cases, a case counting once: its runs share their
-representative and its controls, so they are not independent. `--weak` is how many cases are added for each range of weight decay too weak
-for that population.
+representative and its controls, so they are not independent. `--weak` is how many cases are added for each range of
+weight decay too weak for that population.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ Source of names, defaults and formulas: torch.optim, 2.11 to 2.13.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -181,6 +182,17 @@ class OptimizerLaw:
                 f"torch's {self.kind} is wrong in half precision with {said}: keep the adapters in float32 or leave it"
             )
 
+    def describe_two(self) -> str:
+        """One line: what the same run has in another two-parameter gauge."""
+        moved = {"lr": self.lr_power} | self.powers
+        if self.decay is not None:
+            moved["weight_decay"] = self.decay_power
+        parts = [
+            f"{name} of {factor} {_times(factor.lower(), power)}" for name, power in moved.items() for factor in "AB"
+        ]
+        said = ", ".join(["alpha x a b", "init_scale / a", *parts])
+        return f"{self.name}: for any a and b the same training run has {said}"
+
     def describe(self) -> str:
         """One line: what the same run has at k times the alpha, with one learning rate for A and B."""
         moved = {"lr": self.lr_power, "init_scale": -1} | self.powers
@@ -189,6 +201,11 @@ class OptimizerLaw:
         moved["clip_norm"] = 1
         parts = [f"{name} {_in_words(power)}" for name, power in moved.items()]
         return f"{self.name}: the same training run at alpha x k has " + ", ".join(parts)
+
+
+def _times(factor: str, power: int) -> str:
+    """`/ a`, `x b**2`."""
+    return f"{'x' if power > 0 else '/'} {factor}{'' if abs(power) == 1 else f'**{abs(power)}'}"
 
 
 def _in_words(power: int) -> str:
@@ -209,7 +226,9 @@ def law_of(optimizer: str) -> OptimizerLaw:
         raise NoLawError(
             f"{optimizer} has no alpha equivalence: {WITHOUT_LAW[optimizer]}; use one of {', '.join(LAWS)}"
         )
-    raise NoLawError(f"no law is known for the optimizer {optimizer!r}; use one of {', '.join(LAWS)}")
+    close = difflib.get_close_matches(optimizer.lower(), LAWS, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    raise NoLawError(f"no law is known for the optimizer {optimizer!r}; use one of {', '.join(LAWS)}{meant}")
 
 
 # -- what values may be ------------------------------------------------------------------------------------------------

@@ -163,8 +163,9 @@ class Comparison:
 def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS, arithmetic: torch.dtype | None = None) -> Member:
     """Returns a member's control run: its initial A and its constants moved by one unit in the last place.
 
-    Constants that a gauge moves are moved too (so not those of DoRA's magnitudes), because a gauge rounds them anew, each in one direction for the whole run. That adds up
-    along the weights as the rounding of single elements of A does not.
+    Constants that a gauge moves are moved too (so not those of DoRA's magnitudes), because a gauge rounds them anew,
+    each in one direction for the whole run. That adds up along the weights as the rounding of single elements of A does
+    not.
 
     Args:
         member: a representative, or a twin.
@@ -255,8 +256,9 @@ def align(
 
     Non-finite values count as equal where both runs have the same ones at the same places, else as infinitely far
     apart; a run that ended early counts as NaN from there on. From where both losses are 2**40 times what they began
-    with (or 1, if that is more), or not numbers, nothing is compared. Where a control parts from its run in this way, rounding
-    alone makes the difference between diverging now and a step later, so the envelope is infinite from there on.
+    with (or 1, if that is more), or not numbers, nothing is compared. Where a control parts from its run in this way,
+    rounding alone makes the difference between diverging now and a step later, so the envelope is infinite from there
+    on.
     Without controls the envelope is its floor.
 
     Raises:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sweeps.home import Home
     from sweeps.preflight import Preflight
     from sweeps.reduction import Reduction
+    from sweeps.space import Configuration
     from sweeps.spec import SpecDocument, SweepSpec
 
 _MOST_BESIDE = 64
@@ -102,8 +103,8 @@ def _count(classes: str) -> int | None:
     if classes == "all":
         return None
     # A number of a thousand digits is none that Python reads.
-    if not (classes.isascii() and classes.isdecimal() and len(classes) < 20) or int(classes) < 1:
-        raise InputError(f"--classes must be all or a number of at least 1; found {classes!r}")
+    if not (classes.isascii() and classes.isdecimal() and len(classes) < 10) or int(classes) < 1:
+        raise InputError(f"--classes must be all or a number from 1 to 999,999,999; found {classes!r}")
     return int(classes)
 
 
@@ -179,7 +180,12 @@ def _chosen(
     if twins:
         return [claim(reduction, configurations[0], twins)]
     if configurations:
-        return list(dict.fromkeys(name_class(reduction, text) for text in configurations))
+        # One class may have been named twice.
+        named: dict[str, ClassOrder] = {}
+        for text in configurations:
+            order = name_class(reduction, text)
+            named.setdefault(order.class_id, order)
+        return list(named.values())
     return choose_classes(spec, reduction, count)
 
 
@@ -188,7 +194,8 @@ def _check_ranks(classes: list[ClassOrder], fit: Preflight) -> None:
     for each in classes:
         if each.representative.rank > width:
             raise InputError(
-                f"rank must be at most {width}, the narrowest target layer's; found {each.representative.rank}"
+                f"rank must be at most {width}, the narrowest target layer's; found {each.representative.rank}; "
+                "name a smaller rank"
             )
 
 
@@ -197,6 +204,7 @@ def _check(path: Path, *, as_json: bool) -> int:
     from sweeps import preflight
     from sweeps.certificates import CertificateFile, check, document_of
     from sweeps.class_choice import check_order
+    from sweeps.collapse import steps_within
     from sweeps.home import Home
     from sweeps.reduction import Reduction
 
@@ -206,13 +214,15 @@ def _check(path: Path, *, as_json: bool) -> int:
     for order in file.orders:
         check_order(reduction, order)
     cache = Home.open().cache
+    steps_within(document.spec, file.steps)
     fit = preflight.preflight(document, reduction, cache)
     _check_ranks(file.orders, fit)
     watcher = Watcher()
     watcher.stage(f"training {_counted(len(file.certificates), 'class', 'es')} again, {file.steps} steps each")
     with preflight.one_thread():
         told = partial(watcher.share, "trained")
-        found = check(file, fit.task, told, in_float64=preflight.task_loader(cache))
+        most = preflight.most_members(document.spec, fit)
+        found = check(file, fit.task, told, most_members=most, in_float64=preflight.task_loader(cache))
     watcher.close()
     if as_json:
         verdict = {"held": file.holds, "reproduced": found.reproduced, "changes": list(found.changes)}
@@ -302,7 +312,7 @@ def _print(file: CertificateFile) -> None:
     held = sum(certificate.holds for certificate in file.certificates)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(_verdicts(file).items()))
     click.echo(f"\nlaw           {file.law.statement}")
-    click.echo(f"classes       {held} of {len(file.certificates)} collapse; twins: {counts}")
+    click.echo(f"certificates  {held} of {len(file.certificates)} hold; twins: {counts}")
 
 
 def _twins_in_words(certificate: Certificate, threshold: float) -> Iterator[str]:
@@ -313,14 +323,28 @@ def _twins_in_words(certificate: Certificate, threshold: float) -> Iterator[str]
     for twin in certificate.twins:
         own = twin.configuration
         # With two gauges, or a claim on trial, alpha alone may not tell members apart.
-        name = f"{own.alpha:g}" if uses[own.alpha] == 1 else f"{own.alpha:g} ({own.label()})"
+        name = f"{own.alpha:g}" if uses[own.alpha] == 1 else f"{own.alpha:g} ({_apart(own)})"
         verdicts.setdefault(twin.verdict, []).append(name)
-    ratios = [twin.max_ratio for twin in certificate.twins if twin.verdict == "identical up to rounding"]
     for verdict, names in verdicts.items():
-        distance = ""
-        if verdict == "identical up to rounding":
-            distance = f" (at most {max(ratios):.2g} of {threshold:g} envelopes)"
-        yield f"{verdict} at alpha {', '.join(names)}{distance}"
+        remarks = _remarks([twin for twin in certificate.twins if twin.verdict == verdict], threshold)
+        yield f"{verdict} at alpha {', '.join(names)}" + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def _remarks(twins: list[TwinVerdict], threshold: float) -> list[str]:
+    """What there is to say beside the verdict that some twins have in common."""
+    said = []
+    # One that was heard in float64 is judged there, and its distance here says nothing.
+    ratios = [twin.max_ratio for twin in twins if twin.in_float64 is None]
+    if ratios and twins[0].verdict == "identical up to rounding":
+        said.append(f"at most {max(ratios):.2g} of {threshold:g} envelopes")
+    return said + list(dict.fromkeys(remark for twin in twins for remark in twin.reservations))
+
+
+def _apart(configuration: Configuration) -> str:
+    """All digits of a configuration, so that it can be told from one nearby."""
+    numbers = {name: value for name, value in asdict(configuration).items() if name not in ("rank", "alpha")}
+    standard = {"lr_ratio": 1.0, "weight_decay": 0.0}
+    return ", ".join(f"{name} {value!r}" for name, value in numbers.items() if value != standard.get(name))
 
 
 def _print_check(found: Check) -> None:

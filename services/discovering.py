@@ -37,7 +37,7 @@ def discover(path: Path, optimizer: str, *, configuration: str | None, steps: in
             fit.task,
             chosen,
             steps=steps,
-            progress=lambda done, text: watcher.count(f"{done:,} runs, {text}"),
+            progress=lambda done, text: watcher.count(f"{done:,} {'run' if done == 1 else 'runs'}, {text}"),
         )
     watcher.close()
     if as_json:

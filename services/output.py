@@ -164,13 +164,25 @@ def outcome_as_json(outcome: Outcome) -> dict[str, Any]:
 
 def _certificate_as_json(certificate: dict[str, Any]) -> dict[str, Any]:
     """A certificate without its trajectories, which the report has."""
-    verdicts = ("verdict", "exact_in_binary", "max_ratio", "first_step", "configuration")
+    verdicts = (
+        "verdict",
+        "exact_in_binary",
+        "max_ratio",
+        "first_step",
+        "first_difference",
+        "max_deviation",
+        "envelope",
+        "horizon",
+        "in_float64",
+        "cause",
+        "configuration",
+    )
     return {
         "class": certificate["class_id"],
         "trial": certificate["trial"],
         "steps": certificate["steps"],
         "representative": certificate["representative"],
-        "twins": [{key: _finite(twin[key]) for key in verdicts} for twin in certificate["twins"]],
+        "twins": [{key: _finite(twin.get(key)) for key in verdicts} for twin in certificate["twins"]],
     }
 
 
@@ -260,8 +272,8 @@ def best_lines(record: SweepRecord) -> list[str]:
     return [
         f"{measured} (trial {found.trial})",
         f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}{ratio}{decay}",
-        f"with default init the same run is alpha {default['alpha']:.4g}, lr {default['lr']:.4g}{ratio}"
-        + (f", weight decay {default['weight_decay']:.4g}" if found.weight_decay else ""),
+        f"with default init the same run is alpha {default.alpha:.4g}, lr {default.lr:.4g}{ratio}"
+        + (f", weight decay {default.weight_decay:.4g}" if found.weight_decay else ""),
     ]
 
 

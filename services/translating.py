@@ -79,7 +79,12 @@ def _constant(text: str) -> tuple[str, float | tuple[float, ...]]:
 @click.option("--rslora", is_flag=True, help="The scaling is alpha / sqrt(rank).")
 @click.option("--from-preset", metavar="NAME", help="A published recipe, for what is not given: roberta-base-nlu.")
 @click.option("--to-alpha", metavar="NUMBER", help="The run with this alpha, or by a rule; with an init scale too.")
-@click.option("--to-scaling", type=_number, metavar="NUMBER", help="The run with this alpha / rank.")
+@click.option(
+    "--to-scaling",
+    type=_number,
+    metavar="NUMBER",
+    help="The run with this scaling: alpha / rank, or alpha / sqrt(rank) under rsLoRA.",
+)
 @click.option("--to-lr", type=_number, metavar="NUMBER", help="The run with this learning rate: at which alpha?")
 @click.option("--to-init-scale", type=_number, metavar="NUMBER", help="The run with this init scale.")
 @click.option("--to-default-init", is_flag=True, help="The run with init scale 1, for a trainer that has no such key.")

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,6 +30,7 @@ from lora_core.trajectory import THRESHOLD
 from sweeps.certifying import ClassOrder, InFloat64, Told, certify
 from sweeps.collapse import Certificate, TwinVerdict
 from sweeps.errors import InputError
+from sweeps.reduction import Reduction
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.tasks import Task
 from sweeps.yaml_text import YamlText
@@ -83,14 +84,21 @@ class Law(_Part):
     optimizer: str
     statement: str
     powers: dict[str, int]
-    """What alpha x k does, with one learning rate for A and B: a quantity becomes itself times sqrt(k)**power."""
+    """A quantity of A becomes itself times a**power, one of B itself times b**power. With one learning rate for both, a
+    and b are sqrt(k), where k is the factor on alpha."""
 
     @classmethod
-    def of(cls, law: OptimizerLaw) -> Self:
-        """As the certificate states it."""
+    def of(cls, law: OptimizerLaw, *, two_parameter: bool) -> Self:
+        """As the certificate states it.
+
+        Args:
+            law: of the optimizer.
+            two_parameter: whether A and B have learning rates of their own.
+        """
         decay = {} if law.decay is None else {"weight_decay": law.decay_power}
         powers = {"lr": law.lr_power, "init_scale": -1, "clip_norm": 1, **decay, **law.powers}
-        return cls(optimizer=law.name, statement=law.describe(), powers=powers)
+        statement = law.describe_two() if two_parameter else law.describe()
+        return cls(optimizer=law.name, statement=statement, powers=powers)
 
 
 class CertificateFile(_Part):
@@ -163,7 +171,7 @@ class CertificateFile(_Part):
         file = cls(
             made=datetime.now(UTC).isoformat(timespec="seconds"),
             environment=Environment.here(spec, next(task.model.parameters()).device),
-            law=Law.of(spec.train.law),
+            law=Law.of(spec.train.law, two_parameter=Reduction.of(spec).two_parameter),
             spec=resolved,
             spec_sha256=_sha256_of_json(resolved),
             model_sha256=sha256_of_tensors(task.model.state_dict()),
@@ -258,7 +266,7 @@ class Check:
     Attributes:
         recorded: the certificate.
         rerun: the same made here and now.
-        changes: what is not as it was: versions, device, model, data; empty where all is.
+        changes: what is not as it was: versions, device, model, data, names, verdicts; empty where all is.
     """
 
     recorded: CertificateFile
@@ -277,11 +285,29 @@ class Check:
         return all(_measured(old) == _measured(new) for old, new in pairs)
 
 
-def check(file: CertificateFile, task: Task, told: Told, in_float64: InFloat64 | None = None) -> Check:
-    """Trains all of a certificate again."""
-    rerun = CertificateFile.make(
-        spec_of(file), task, file.orders, steps=file.steps, pack=file.pack, told=told, in_float64=in_float64
-    )
+def check(
+    file: CertificateFile,
+    task: Task,
+    told: Told,
+    *,
+    most_members: int | None = None,
+    in_float64: InFloat64 | None = None,
+) -> Check:
+    """Trains all of a certificate again.
+
+    Args:
+        file: the certificate.
+        task: of its spec.
+        told: progress.
+        most_members: the largest pack that memory holds here, if that is known.
+        in_float64: see `certify`.
+    """
+    spec = spec_of(file)
+    reduction = Reduction.of(spec)
+    # Names are not taken on trust: they are what the spec makes of the configurations.
+    orders = [replace(order, class_id=reduction.class_id(order.representative)) for order in file.orders]
+    pack = min(file.pack, most_members or file.pack)
+    rerun = CertificateFile.make(spec, task, orders, steps=file.steps, pack=pack, told=told, in_float64=in_float64)
     before, after = (_circumstances(each) for each in (file, rerun))
     changes = tuple(f"{name}: {before[name]} then, {after[name]} now" for name in before if before[name] != after[name])
     return Check(file, rerun, changes)
@@ -370,4 +396,11 @@ def _measured(certificate: Certificate) -> str:
 
 def _circumstances(file: CertificateFile) -> dict[str, str]:
     environment = {name.replace("_", "-"): str(value) for name, value in file.environment.model_dump().items()}
-    return environment | {"model": file.model_sha256[:12], "data": file.data_sha256[:12]}
+    said = {"law": file.law.statement, "threshold": f"{file.threshold:g}", "pack": str(file.pack)}
+    hashes = {"model": file.model_sha256[:12], "data": file.data_sha256[:12]}
+    classes: dict[str, str] = {}
+    for i, certificate in enumerate(file.certificates, start=1):
+        classes[f"name of class {i}"] = certificate.class_id
+        for j, twin in enumerate(certificate.twins, start=1):
+            classes[f"verdict on twin {j} of class {i}"] = twin.verdict
+    return environment | said | hashes | classes

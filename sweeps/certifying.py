@@ -205,7 +205,9 @@ class _Bench:
             return self._compare(representative, _Side(self._train(members)[place], ())).verdict()
 
         remedies = {suspect.name: suspect.put_right for suspect in suspects}
-        return find_cause(verdict_of, remedies, points[place]).text
+        cause = find_cause(verdict_of, remedies, points[place])
+        details = "; ".join(str(suspect) for suspect in suspects if suspect.name in cause.names)
+        return f"{cause.text} {details[:1].upper()}{details[1:]}.".removesuffix(" .")
 
     def _compare(self, representative: _Side, twin: _Side) -> Comparison:
         return align(representative.run, twin.run, representative.controls, twin_controls=twin.controls, eps=self._eps)

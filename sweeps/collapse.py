@@ -64,6 +64,19 @@ class TwinVerdict(BaseModel):
     """By layer: Frobenius norm of s B A after each step."""
 
     @property
+    def reservations(self) -> tuple[str, ...]:
+        """What a reader should know beside the verdict: how far it was judged, and in which number format."""
+        said = []
+        if self.in_float64 is not None:
+            said.append(f"{self.in_float64} in float64")
+        steps = len(self.losses)
+        if self.horizon is not None and self.verdict != "bit-identical":
+            said.append(f"judged to step {self.horizon - 1} of {steps}, where rounding takes over")
+        elif self.compared_steps is not None and self.compared_steps < steps:
+            said.append(f"compared to step {self.compared_steps} of {steps}, where the loss leaves all bounds")
+        return tuple(said)
+
+    @property
     def fault(self) -> str | None:
         """Why this twin is no proof of the class, None where it is one.
 

@@ -90,9 +90,8 @@ def middle_of(reduction: Reduction) -> Configuration:
     """A configuration in the middle of the space, at the reference alpha."""
     space = reduction.space
     rank = space.ranks[(len(space.ranks) - 1) // 2]
-    return Configuration(
-        rank, reduction.reference.at(rank), lr=reduction.middle("lr"), init_scale=reduction.middle("init_scale")
-    )
+    middles = {name: reduction.middle(name) for name in ("lr", "init_scale", "lr_ratio")}
+    return Configuration(rank, reduction.reference.at(rank), **middles)
 
 
 def _import(name: str) -> Any:

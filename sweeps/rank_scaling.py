@@ -129,6 +129,11 @@ class RankScaling:
     flattest: tuple[str, ...]
     conclusion: str
 
+    @property
+    def speaks(self) -> bool:
+        """Whether so many ranks are located that their slope says something."""
+        return sum(not rank.missing for rank in self.ranks) >= _LEAST_RANKS
+
 
 def answer(
     observations: Sequence[Observation],

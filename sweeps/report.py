@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 
 from lora_core.checkpoint import write_atomically
 from lora_core.gauge import Gauge, regauge
-from sweeps.collapse import Certificate, twins
+from lora_core.laws import Constant
+from sweeps.collapse import Certificate, TwinVerdict, twins
 from sweeps.events import TrialState
 from sweeps.export.point import ExportPoint
 from sweeps.plan import Plan
@@ -62,6 +63,17 @@ class ReportedTrial(_Part):
     """The rest of its class, at the other alphas of the spec."""
 
 
+class DefaultInit(_Part):
+    """The best point for a trainer that knows no init scale."""
+
+    alpha: float
+    lr: float
+    weight_decay: float
+    eps: float | None
+    clip_norm: float | None
+    constants: dict[str, Constant]
+
+
 class Best(_Part):
     """The best point, as `lora-sweeps best --json` prints it."""
 
@@ -81,8 +93,9 @@ class Best(_Part):
     metrics: dict[str, float]
     class_id: str
     mlflow_run_id: str | None
-    default_init: dict[str, float | None]
-    """The same run for a trainer that knows no init scale: alpha, lr, weight_decay, eps and clip_norm in that gauge."""
+    constants: dict[str, Constant]
+    """The optimizer's absolute constants, eps among them, at this alpha."""
+    default_init: DefaultInit
 
 
 class CollapseReport(_Part):
@@ -130,13 +143,15 @@ def best_point(record: SweepRecord) -> Best | None:
         metrics=trial.metrics,
         class_id=trial.class_id,
         mlflow_run_id=record.trial_run_ids.get(trial.number),
-        default_init={
-            "alpha": moved.alpha,
-            "lr": moved.point.a.lr,
-            "weight_decay": moved.point.a.weight_decay,
-            "eps": moved.point.a.eps,
-            "clip_norm": moved.point.clip_norm,
-        },
+        constants=dict(point.a.constants),
+        default_init=DefaultInit(
+            alpha=moved.alpha,
+            lr=moved.point.a.lr,
+            weight_decay=moved.point.a.weight_decay,
+            eps=moved.point.a.eps,
+            clip_norm=moved.point.clip_norm,
+            constants=dict(moved.point.a.constants),
+        ),
     )
 
 
@@ -270,6 +285,8 @@ def _templates() -> jinja2.Environment:
     environment.filters["unit"] = unit_of
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     environment.filters["counts"] = counts_in_words
+    environment.filters["constants"] = _constants_in_words
+    environment.filters["distance"] = lambda twin: f"{twin.max_ratio:.2g}{_reservations(twin)}"
     environment.filters["error"] = _error_in_words
     environment.filters["signed"] = lambda value: "–" if value is None else f"{value:z.2f}"
     return environment
@@ -285,6 +302,20 @@ def _rest_in_words(point: Configuration | Best) -> str:
 def _error_in_words(error: float | None) -> str:
     """The standard error of a logarithm, as the factor that it is: ` ×÷ 1.35`."""
     return "" if error is None else f" ×÷ {math.exp(error):.3g}"
+
+
+def _reservations(twin: TwinVerdict) -> str:
+    """` (heard in float64; judged to step 13)`: what a distance alone does not say."""
+    return f" ({'; '.join(twin.reservations)})" if twin.reservations else ""
+
+
+def _constants_in_words(constants: dict[str, Constant]) -> str:
+    """`, eps 1e-08`: nothing where there are none."""
+    said = [
+        f"{name} {' to '.join(f'{each:.4g}' for each in value) if isinstance(value, tuple) else f'{value:.4g}'}"
+        for name, value in constants.items()
+    ]
+    return "".join(f", {each}" for each in said)
 
 
 def counts_in_words(counts: dict[str, int]) -> str:

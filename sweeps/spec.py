@@ -80,7 +80,7 @@ class SweepSpec(Section):
     task: Task = Field(examples=[{"type": "digits"}])
     """What is trained."""
     preset: str | None = Field(None, json_schema_extra={"enum": [*PRESETS, None]})
-    """A recipe of microsoft/LoRA (gpt2-nlg, roberta-base-nlu or deberta-xxl-nlu) for what is not written here:
+    """A recipe of microsoft/LoRA (gpt2-nlg, gpt2-nlg-readme, roberta-base-nlu, deberta-xxl-nlu) for what is unwritten:
     parameters.rank, alpha, lr and weight_decay; lora.target_modules and dropout; train.optimizer, betas, eps, clip_norm
     and schedule. What is written wins. Steps, batch size and warm-up are not the recipe's but the spec's own. With a
     preset lora and parameters may be left out, although the schema, which does not know this, requires them."""
@@ -134,7 +134,7 @@ class SweepSpec(Section):
         if "parameters" in read.data and train.law.decay is None:
             decay: Choice | Range = read.data["parameters"].weight_decay
             if isinstance(decay, Range) or any(decay.values):
-                path, found = ("parameters", "weight_decay"), "another"
+                path, found = ("parameters", "weight_decay"), _as_written(decay)
                 mistakes.append(Mistake(path, f"0, for {train.optimizer} has no weight decay", found, absolute=True))
         if mistakes:
             raise refusal(mistakes)
@@ -171,6 +171,12 @@ class SweepSpec(Section):
             raise refuse(f"at most train.steps, which is {steps}", certify.steps, path=("steps",))
         # A default is no fault of the user's.
         return certify.model_copy(update={"steps": steps})
+
+
+def _as_written(parameter: Choice | Range) -> str:
+    if isinstance(parameter, Range):
+        return f"{{min: {parameter.min:g}, max: {parameter.max:g}}}"
+    return f"{parameter.values[0]:g}" if parameter.constant else f"{{values: {list(parameter.values)}}}"
 
 
 def _magnitude_mistakes(train: TrainSpec, lora: LoraSpec) -> list[Mistake]:

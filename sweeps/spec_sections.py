@@ -121,6 +121,12 @@ def _read_betas(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     return validate(raw)
 
 
+def _read_options(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    if not isinstance(raw, dict):
+        raise refuse("keys and values", raw, "such as {nesterov: true}, or leave it out")
+    return validate(raw)
+
+
 class TrainSpec(Section):
     """How every trial is trained."""
 
@@ -142,7 +148,7 @@ class TrainSpec(Section):
     """The two decay rates of Adam and its kin; null: the optimizer's default, [0.9, 0.999]."""
     momentum: BelowOne | None = None
     """Momentum, for optimizers that have one; null: the optimizer's default, 0 for SGD."""
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: Annotated[dict[str, Any], WrapValidator(_read_options)] = Field(default_factory=dict)
     """More settings of the optimizer under torch.optim's names, such as {nesterov: true} or {amsgrad: true}."""
     magnitude_lr: Positive | None = None
     """Learning rate of DoRA's magnitudes, which alpha does not move; required with lora.dora."""

@@ -303,7 +303,7 @@ def test_what_is_no_optimizer_for_this_is_refused(make, message):
     [
         (partial(torch.optim.Adam, betas=(2.0, 2.0)), r"Adam refuses .*betas.*ValueError: Invalid beta"),
         (Closing, "Closing must step without arguments; found that it needs closure"),
-        (lambda params, lr: [lr], "must return an optimizer with 4 groups; found \\[0.01\\]"),
+        (lambda params, lr: [lr], "must return an optimizer with 4 groups; found a list"),
     ],
 )
 def test_a_constructor_that_refuses_the_representative_is_an_error(make, message):

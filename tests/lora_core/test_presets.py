@@ -2,7 +2,7 @@ import math
 import pickle
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
@@ -15,7 +15,12 @@ from tests.support import ROOT
 
 @pytest.mark.parametrize(
     ("name", "rank", "alpha", "scaling"),
-    [("gpt2-nlg", 4, 128, 32), ("roberta-base-nlu", 8, 16, 2), ("deberta-xxl-nlu", 16, 32, 2)],
+    [
+        ("gpt2-nlg", 4, 128, 32),
+        ("gpt2-nlg-readme", 4, 32, 8),
+        ("roberta-base-nlu", 8, 16, 2),
+        ("deberta-xxl-nlu", 16, 32, 2),
+    ],
 )
 def test_a_preset_has_the_published_rank_alpha_and_scaling(name: str, rank: int, alpha: int, scaling: int):
     found = preset(name)
@@ -28,6 +33,7 @@ def test_the_gpt2_preset_is_the_readme_command_but_for_alpha():
     assert (found.schedule, found.warmup_steps, found.warmup_ratio) == ("linear", 500, None)
     assert (found.dropout, found.clip_norm, found.epochs, found.batch_size) == (0.1, None, 5, 8)
     assert any("--lora_alpha 32" in remark for remark in found.remarks)
+    assert replace(found, name="gpt2-nlg-readme", alpha=32.0, remarks=found.remarks[1:]) == preset("gpt2-nlg-readme")
 
 
 def test_the_nlu_presets_are_their_mnli_scripts():

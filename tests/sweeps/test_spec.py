@@ -264,7 +264,12 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
         "preset",
         "deberta-xxl-nlu; found 'roberta-base'; did you mean 'roberta-base-nlu'?",
     ),
-    ({"preset": "bert"}, 5, "preset", "one of gpt2-nlg, roberta-base-nlu or deberta-xxl-nlu; found 'bert'"),
+    (
+        {"preset": "bert"},
+        5,
+        "preset",
+        "one of gpt2-nlg, gpt2-nlg-readme, roberta-base-nlu or deberta-xxl-nlu; found 'bert'",
+    ),
     ({"preset": "3"}, 5, "preset", "text; found 3"),
     ({"preset": "[gpt2-nlg]"}, 5, "preset", "text; found ['gpt2-nlg']"),
     ({"preset": "bert", "lora": "{}", "parameters": "{}"}, 5, "preset", "found 'bert'"),

@@ -14,6 +14,7 @@ What an adapter starts with is PEFT's (`tuners/lora/layer.py`, `reset_lora_param
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,13 @@ def linear_layers(model: nn.Module) -> dict[str, BaseLayer]:
     """Returns all layers of a model that multiply by a matrix and can carry adapters, by full name and in its order."""
     found = {name: base_layer(module) for name, module in model.named_modules() if name}
     return {name: layer for name, layer in found.items() if layer is not None and layer.kind != "embedding"}
+
+
+def layer_widths(model: nn.Module, targets: Mapping[str, BaseLayer]) -> dict[str, tuple[int, int]]:
+    """Returns (I, O) of every linear layer and of the target embeddings, in the model's order, as `cost` takes them."""
+    layers = {**linear_layers(model), **targets}
+    widths = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    return {name: widths[name] for name, _ in model.named_modules() if name in widths}
 
 
 def _is_conv1d(module: nn.Module) -> bool:

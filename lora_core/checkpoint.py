@@ -236,6 +236,7 @@ def export_peft_adapter(
     base_model: str | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
+    saved_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads: DoRA where the tensors have magnitudes.
 
@@ -251,12 +252,14 @@ def export_peft_adapter(
         dropout: that it was trained with, for whoever trains it on; it changes no output.
         base_model: name or path that PEFT should load the base model from, if it has one.
         task_type: PEFT's: CAUSAL_LM, SEQ_CLS and so on. With SEQ_CLS the classifier's head gets no adapter, whatever
-            the target modules match, and is trained whole.
+            the target modules match, and PEFT looks for it among the saved modules.
         fan_in_fan_out: whether the layers are Conv1D (`LoraBank.fan_in_fan_out`).
+        saved_modules: PEFT's `modules_to_save`: the state of each module that was trained whole, by its full name.
     """
+    saved_modules = saved_modules or {}
     if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
         target_modules = sorted({name.rpartition(".")[0] for name in tensors})
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
@@ -272,6 +275,10 @@ def export_peft_adapter(
         "inference_mode": True,
     }
     weights = dict(_to_peft(name, value) for name, value in tensors.items())
+    if saved_modules:
+        config["modules_to_save"] = sorted(saved_modules)
+        states = {name: state.items() for name, state in saved_modules.items()}
+        weights |= {f"{_PEFT_PREFIX}{name}.{key}": value for name, items in states.items() for key, value in items}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / _PEFT_WEIGHTS, _serialise(weights))
     write_atomically(directory / _PEFT_CONFIG, json.dumps(config, indent=2).encode())

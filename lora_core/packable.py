@@ -6,8 +6,10 @@ seen is refused here, with the reason. What cannot be seen, and is the caller's 
 
 - a layer that is called with rows gathered or sorted across the batch, unless it is below a module called `experts`;
 - a loss, or a normalisation, that a model's own code takes over the whole batch;
-- dropout by a function call with a probability from the config (`attention_dropout`): put the model into evaluation,
-  or its config's probabilities to 0.
+- noise whose probability is not a dropout layer's, nor a number called `...drop...` in the module that draws it.
+
+The model's own dropout is off in evaluation mode. Some need training mode (transformers checkpoints gradients in it
+only); `switch_off_dropout` is for those.
 
 Adapters of one rank and scaling a member, on all its layers: PEFT's `rank_pattern` and `alpha_pattern` have no place
 in a bank, and `checkpoint.import_peft_adapter` refuses an adapter that has them.
@@ -52,6 +54,16 @@ def check_packable(model: nn.Module, targets: Collection[str] = ()) -> None:
             f"a pack needs a model that keeps the rows of its members apart; found {'; '.join(reasons)}: train its "
             "members one at a time"
         )
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of a model to 0, for good: of its dropout layers and of its own function calls.
+
+    So that it can be in training mode, and yet a member's run does not depend on its place in a pack.
+    """
+    for module in model.modules():
+        for attribute in _drops(module):
+            setattr(module, attribute, 0.0)
 
 
 def check_members(members: Sequence[Member], bases: Mapping[str, BaseLayer]) -> None:
@@ -127,8 +139,8 @@ def _couplings(model: nn.Module) -> Iterator[str]:
             yield f"{name!r}, a {type(module).__name__} that takes its statistics over the batch"
             break
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            yield f"{name!r}, dropout of the model itself that is drawn by place in the batch"
+        if module.training and _drops(module):
+            yield f"{name!r}, dropout of the model itself that is drawn by place in the batch (switch_off_dropout)"
             break
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
@@ -137,6 +149,13 @@ def _couplings(model: nn.Module) -> Iterator[str]:
         yield "expert_capacity, experts that drop tokens by what else is in the batch"
     if model.training and getattr(config, "router_jitter_noise", None):
         yield "router_jitter_noise, noise that is drawn by place in the batch"
+
+
+def _drops(module: nn.Module) -> list[str]:
+    """Attributes of a module that are probabilities of dropout above 0."""
+    if isinstance(module, _DropoutNd):
+        return ["p"] if module.p > 0 else []
+    return [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
 def _undealt(model: nn.Module, targets: Collection[str]) -> Iterator[str]:

@@ -255,9 +255,12 @@ def gradients(*, dtype: torch.dtype = torch.float32, autocast: bool = False, che
         bank.load_adapter(0, random_adapter(bank))
         bank.load_adapter(1, random_adapter(bank, seed=6))
         bank.batch = 3
+        calls: list[None] = []
+        bank.layers["model.layers.0.self_attn.q_proj"].register_forward_hook(lambda *_: calls.append(None))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             losses = losses_K(0)
         losses.float().sum().backward()
+        assert len(calls) == (2 if checkpointing else 1)
         return losses.detach(), bank.grads_KP.clone()
 
 

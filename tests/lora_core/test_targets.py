@@ -13,9 +13,9 @@ from lora_core.base import base_layer, layer_widths
 from lora_core.checkpoint import export_peft_adapter
 from lora_core.cost import layer_shapes, member_bytes, step_flops
 from lora_core.init import initial_a, initial_b
-from lora_core.packable import NotPackableError, check_packable
+from lora_core.packable import NotPackableError, check_packable, switch_off_dropout
 from lora_core.targets import NoTargetError, find_targets, heads_of
-from tests.lora_core.real_models import SHAPES, VOCABULARY, make_model, make_point
+from tests.lora_core.real_models import SHAPES, VOCABULARY, losses_of, make_model, make_point
 
 pytestmark = [
     # PEFT 0.21 asks transformers 5.23 by the older name, and warns of what a test adapts on purpose.
@@ -154,6 +154,32 @@ def test_what_a_model_costs_counts_conv1d_and_adapted_embeddings():
     assert (flops.base, flops.adapters) == (0, 2 * 3 * 7 * 4 * 3 * 32)
 
 
+def test_a_classifiers_adapter_loads_in_peft_as_one(tmp_path):
+    model = make_model("roberta", torch.float64)
+    with LoraBank.attach(model, ["query", "dense"], [Member(make_point(), 0)]) as bank:
+        draws = torch.Generator().manual_seed(0)
+        bank.params_KP.copy_(0.1 * torch.randn(bank.params_KP.shape, generator=draws))
+        model.classifier.out_proj.weight.mul_(-1)  # as if its head had been trained
+        ours = losses_of(model, 1, causal=False)(0)
+        export_peft_adapter(
+            tmp_path,
+            bank.adapter(0),
+            rank=4,
+            alpha=8,
+            target_modules=["query", "dense"],
+            use_rslora=False,
+            task_type="SEQ_CLS",
+            saved_modules={"classifier": model.classifier.state_dict()},
+        )
+    loaded = peft.PeftModel.from_pretrained(
+        make_model("roberta", torch.float64), tmp_path, autocast_adapter_dtype=False
+    ).eval()
+    assert isinstance(loaded, peft.PeftModelForSequenceClassification)
+    torch.testing.assert_close(losses_of(loaded, 1, causal=False)(0), ours, rtol=1e-12, atol=0)
+    without = losses_of(model, 1, causal=False)(0)
+    assert float((ours - without).detach().abs()) > 0.01, "the adapter must matter"
+
+
 # -- seeds -------------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +272,20 @@ def test_what_couples_rows_is_refused_with_all_reasons():
     attach(model, ["fc"], members=1, rank=2)
     check_packable(Normed().eval())
     attach(Normed().eval(), ["fc"], rank=2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_in_training_mode_is_packed_once_its_own_dropout_is_off(name):
+    model = make_model(name).train()
+    for module in model.modules():  # those that the configs leave at 0 too
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    with pytest.raises(NotPackableError, match="dropout of the model itself that is drawn by place in the batch"):
+        check_packable(model)
+    switch_off_dropout(model)
+    check_packable(model)
+    causal = SHAPES[name].causal
+    assert torch.equal(losses_of(model, 1, causal=causal)(0), losses_of(make_model(name), 1, causal=causal)(0))
 
 
 def test_experts_are_not_packed_with_a_balance_loss_nor_as_targets():

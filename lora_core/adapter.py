@@ -4,6 +4,7 @@
     K       members of the pack, k one of them
     R       the pack's rank: the largest of its members' ranks r
     I, O    a layer's input and output width; for an embedding I is the number of its rows
+    W       width of a factor: I or O
     L       adapted layers
     M       rows a member brings (batch, or batch x tokens)
     P       elements of a member's row in the storage

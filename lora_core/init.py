@@ -4,6 +4,11 @@
     r       rank
     c       init scale: multiplies the base draw
 
+    suffix  meaning
+    R       rank
+    I, O    a layer's input and output width
+    W       either of them
+
 B starts at 0. Under an embedding it is the other way round, as in PEFT: A starts at 0, and c multiplies the draw of B.
 """
 
@@ -29,8 +34,8 @@ class Member:
     Attributes:
         point: hyperparameters.
         seed: seed of the adapter's initialisation and of its dropout.
-        perturbation_seed: if given, each element of the initial A moves by one unit in the last place, up or down by
-            this seed: the control runs that a verdict measures rounding with.
+        perturbation_seed: if given, each element of the initial A (of an embedding's B) moves by one unit in the last
+            place, up or down by this seed: the control runs that a verdict measures rounding with.
         perturbation_dtype: the number format whose units these are, where training computes in a narrower one than the
             layer's (Muon).
     """

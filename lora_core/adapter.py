@@ -3,7 +3,8 @@
     suffix  meaning
     K       members of the pack, k one of them
     R       the pack's rank: the largest of its members' ranks r
-    I, O    a layer's input and output width
+    I, O    a layer's input and output width; for an embedding I is the number of its rows
+    W       width of a factor: I or O
     L       adapted layers
     M       rows a member brings (batch, or batch x tokens)
     P       elements of a member's row in the storage
@@ -36,13 +37,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_core.dora import check_rows
+from lora_core.base import BaseLayer
 from lora_core.dropout import PackDropout
-from lora_core.init import Init, Member, initial_a
-from lora_core.layer import BankedLinear
+from lora_core.embedding import BankedEmbedding
+from lora_core.init import Init, Member, initial_a, initial_b
+from lora_core.layer import BankedLayer, BankedLinear
+from lora_core.packable import NotPackableError, RankError, check_members, check_own_weights, check_packable
 from lora_core.targets import NoTargetError, find_targets
 
-__all__ = ["BankedLinear", "Init", "LoraBank", "Member", "NoTargetError", "RankError", "Slot", "find_targets"]
+__all__ = [
+    "BankedEmbedding",
+    "BankedLayer",
+    "BankedLinear",
+    "Init",
+    "LoraBank",
+    "Member",
+    "NoTargetError",
+    "NotPackableError",
+    "RankError",
+    "Slot",
+    "find_targets",
+]
 
 # Every factor starts at a multiple of this many elements: 64 bytes at two bytes an element. Kernels pick their code
 # path by alignment, and a member must get the same one wherever it stands in a pack.
@@ -52,24 +67,27 @@ _ALIGNMENT = 32
 Factor = Literal["lora_A", "lora_B", "magnitude"]
 
 
-class RankError(ValueError):
-    """A rank that a layer has no room for."""
-
-
 @dataclass(frozen=True, slots=True)
 class Slot:
     """Where one factor of one layer lies in a member's row of the storage: [R, width] elements from `offset` on, or
-    [1, width] for magnitudes."""
+    [1, width] for magnitudes. `embedding` says whether the layer is one."""
 
     layer: str
     factor: Factor
     width: int
     offset: int
+    embedding: bool = False
 
     @property
     def key(self) -> str:
-        """`fc1.lora_A`."""
-        return f"{self.layer}.{self.factor}"
+        """`fc1.lora_A`; for an embedding PEFT's `wte.lora_embedding_A`."""
+        factor = self.factor.replace("lora_", "lora_embedding_") if self.embedding else self.factor
+        return f"{self.layer}.{factor}"
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the factor starts from a draw, and so carries the init scale; the other factor starts at 0."""
+        return self.factor == ("lora_B" if self.embedding else "lora_A")
 
     def rows(self, rank: int) -> int:
         """How many rows the factor has at a rank: as many as the rank, one for magnitudes."""
@@ -102,7 +120,7 @@ class LoraBank:
     """
 
     def __init__(
-        self, members: Sequence[Member], bases: dict[str, nn.Linear], *, dtype: torch.dtype, device: torch.device
+        self, members: Sequence[Member], bases: dict[str, BaseLayer], *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.members = tuple(members)
         self.rank = max(member.point.rank for member in members)
@@ -111,17 +129,8 @@ class LoraBank:
         self.params_KP = torch.zeros(len(members), length, dtype=dtype, device=device)
         self.grads_KP = torch.zeros_like(self.params_KP)
         self._dropout = PackDropout(members)
-        s_K = [member.point.scaling for member in members]
-        self.layers = {
-            name: BankedLinear(
-                base,
-                self._factors(name, self.params_KP),
-                self._factors(name, self.grads_KP),
-                s_K,
-                partial(self._dropout.mask, name),
-            )
-            for name, base in bases.items()
-        }
+        self._bases = dict(bases)
+        self.layers = {name: self._banked(name, base) for name, base in bases.items()}
         self._undo: list[Callable[[], Any]] = []
 
     @classmethod
@@ -134,6 +143,7 @@ class LoraBank:
         init: Init = "kaiming_uniform",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        heads: Sequence[str] | None = None,
     ) -> LoraBank:
         """Freezes a model and puts a pack of freshly initialised adapters over its target layers.
 
@@ -141,19 +151,25 @@ class LoraBank:
             model: any module; already on its device and in its dtype.
             target_modules: see `find_targets`.
             members: the pack, at least one.
-            init: base initialisation of A, as PEFT names it; B starts at zero.
+            init: base initialisation of A, as PEFT names it; B starts at zero. An embedding has its own (init.py).
             dtype: of the adapters; by default the layers' own, float32 for half-precision layers (PEFT's choice too).
             device: of the adapters; by default the layers' own.
+            heads: modules that are trained whole and so get no adapter, see `find_targets`. They too are frozen here:
+                whoever trains them makes them trainable afterwards.
 
         Raises:
             NoTargetError: see `find_targets`.
             RankError: a member's rank exceeds a target layer's width.
+            NotPackableError: several members, and a model that cannot be packed, see `check_packable`.
             ValueError: no members, some with DoRA and some without, a dropout that is no probability, target layers
-                on different devices, or a row of zeros under DoRA.
+                on different devices, a row of zeros under DoRA, tied weights, or an embedding that cannot be adapted
+                faithfully (packable.py).
         """
-        bases = find_targets(model, target_modules)
-        _check_ranks(members, bases)
-        _check_dora(members, bases)
+        bases = find_targets(model, target_modules, heads=heads)
+        check_members(members, bases)
+        check_own_weights(model, bases)
+        if len(members) > 1:
+            check_packable(model, bases.keys())
         weights = [base.weight for base in bases.values()]
         if device is None and len({weight.device for weight in weights}) > 1:
             raise ValueError("a pack needs all target layers on one device; found them on several")
@@ -161,7 +177,7 @@ class LoraBank:
             dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
         bank = cls(members, bases, dtype=dtype, device=torch.device(device or weights[0].device))
         bank._initialise(init)
-        bank._install(model, bases)
+        bank._install(model)
         return bank
 
     def detach(self) -> None:
@@ -192,8 +208,8 @@ class LoraBank:
         self.grads_KP.zero_()
 
     def member_tensors(self, k: int) -> dict[str, nn.Parameter]:
-        """Views of member k: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O] and with DoRA `fc1.magnitude` [1, O], whose
-        `.grad` are views of `grads_KP`."""
+        """Views of member k: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O] and with DoRA `fc1.magnitude` [1, O], or
+        `wte.lora_embedding_A` and `wte.lora_embedding_B`; their `.grad` are views of `grads_KP`."""
         rank = self.members[k].point.rank
         views: dict[str, nn.Parameter] = {}
         for slot in self.slots:
@@ -235,19 +251,27 @@ class LoraBank:
         s_K = torch.tensor([member.point.scaling for member in self.members], dtype=torch.float64)
         return torch.stack(norms_LK, dim=1) * s_K.to(self.params_KP.device)[:, None]
 
-    @torch.no_grad()
     def merge(self, k: int) -> dict[str, Tensor]:
-        """Returns W + s B A [O, I] for each layer, its rows brought to their magnitudes under DoRA, in the base
-        weight's dtype."""
-        adapter, merged = self.adapter(k), {}
+        """Returns W + s B A for each layer, its rows [O] brought to their magnitudes under DoRA, in the base weight's
+        own layout and dtype."""
+        merged, scaling, rank = {}, self.members[k].point.scaling, self.members[k].point.rank
         for name, layer in self.layers.items():
-            delta_OI = self.members[k].point.scaling * (adapter[f"{name}.lora_B"].mT @ adapter[f"{name}.lora_A"])
-            merged_OI = layer.base.weight + delta_OI
-            if self.dora:
-                norms_O1 = torch.linalg.vector_norm(merged_OI, dim=1, keepdim=True)
-                merged_OI = adapter[f"{name}.magnitude"].mT / norms_O1 * merged_OI
-            merged[name] = merged_OI.to(layer.base.weight.dtype)
+            slots = [slot for slot in self.slots if slot.layer == name]
+            a_RI, b_RO, *rest = (slot.of_member(self.params_KP[k], rank) for slot in slots)
+            merged[name] = layer.merged(a_RI, b_RO, rest[0] if rest else None, scaling)
         return merged
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether a target layer is a Conv1D: PEFT's setting of that name, which its config should have."""
+        return any(base.kind == "conv1d" for base in self._bases.values())
+
+    def _banked(self, name: str, base: BaseLayer) -> BankedLayer:
+        factors, grads = self._factors(name, self.params_KP), self._factors(name, self.grads_KP)
+        s_K = [member.point.scaling for member in self.members]
+        if base.kind == "embedding":
+            return BankedEmbedding(base, factors, grads, s_K)
+        return BankedLinear(base, factors, grads, s_K, partial(self._dropout.mask, name))
 
     def _factors(self, layer: str, stack_KP: Tensor) -> tuple[Tensor, ...]:
         """The [K, R, I] and [K, R, O] parts of a stack that belong to a layer, and its [K, 1, O] part with DoRA."""
@@ -257,52 +281,30 @@ class LoraBank:
     def _initialise(self, init: Init) -> None:
         for k, member in enumerate(self.members):
             for slot in self.slots:
-                if slot.factor == "lora_A":
-                    compute = self.layers[slot.layer].weight.dtype
-                    a_RI = initial_a(init, member, slot.layer, slot.width, self.params_KP.dtype, compute=compute)
-                    slot.of_member(self.params_KP[k], member.point.rank).copy_(a_RI)
+                if slot.drawn:
+                    compute, place = self.layers[slot.layer].weight.dtype, (member, slot.layer, slot.width)
+                    if slot.embedding:
+                        value_RW = initial_b(*place, self.params_KP.dtype, compute=compute)
+                    else:
+                        value_RW = initial_a(init, *place, self.params_KP.dtype, compute=compute)
+                    slot.of_member(self.params_KP[k], member.point.rank).copy_(value_RW)
         for layer in self.layers.values():
-            if layer.m_KO is not None:
+            if isinstance(layer, BankedLinear) and layer.m_KO is not None:
                 layer.m_KO.copy_(layer.row_norms_KO())
 
-    def _install(self, model: nn.Module, bases: dict[str, nn.Linear]) -> None:
+    def _install(self, model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._undo.append(partial(parameter.requires_grad_, True))
-        for name, base in bases.items():
+        for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, child, self.layers[name])
-            self._undo.append(partial(setattr, owner, child, base))
+            setattr(owner, child, layer)
+            self._undo.append(partial(setattr, owner, child, layer.base))
 
 
-def _check_ranks(members: Sequence[Member], bases: dict[str, nn.Linear]) -> None:
-    if not members:
-        raise ValueError("a pack needs at least one member; found none")
-    for rank in {member.point.rank for member in members}:
-        for name, base in bases.items():
-            width = min(base.in_features, base.out_features)
-            if not 1 <= rank <= width:
-                raise RankError(
-                    f"layer {name!r} takes ranks from 1 to its width {width}; found rank {rank}: use a smaller rank or "
-                    "leave the layer out of target_modules"
-                )
-
-
-def _check_dora(members: Sequence[Member], bases: dict[str, nn.Linear]) -> None:
-    having = [k for k, member in enumerate(members) if member.point.magnitude is not None]
-    if having and len(having) < len(members):
-        lacking = [k for k in range(len(members)) if k not in having]
-        raise ValueError(
-            f"a pack's members must have DoRA all or none; found members {having} with it and {lacking} without: "
-            "train them in a pack each"
-        )
-    if having:
-        check_rows(bases)
-
-
-def _lay_out(bases: dict[str, nn.Linear], rank: int, *, dora: bool) -> tuple[tuple[Slot, ...], int, int, int]:
+def _lay_out(bases: dict[str, BaseLayer], rank: int, *, dora: bool) -> tuple[tuple[Slot, ...], int, int, int]:
     """Returns the slots of a row, where B and the magnitudes begin in it, and its length."""
     slots: list[Slot] = []
     starts: list[int] = []
@@ -313,7 +315,8 @@ def _lay_out(bases: dict[str, nn.Linear], rank: int, *, dora: bool) -> tuple[tup
         if factor == "magnitude" and not dora:
             continue
         for name, base in bases.items():
-            slot = Slot(name, factor, base.in_features if factor == "lora_A" else base.out_features, offset)
+            width = base.in_features if factor == "lora_A" else base.out_features
+            slot = Slot(name, factor, width, offset, base.kind == "embedding")
             slots.append(slot)
             offset += math.ceil(slot.rows(rank) * slot.width / _ALIGNMENT) * _ALIGNMENT
     return tuple(slots), starts[1], starts[2], offset

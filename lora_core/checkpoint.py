@@ -26,6 +26,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from lora_core.targets import ALL_LINEAR
+
 _FORMAT = "lora-sweeps member checkpoint"
 _VERSION = 1
 _WAY_OUT = "restore the directory from a copy, or delete it and train the member again from its last rung"
@@ -181,6 +183,28 @@ _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_MAGNITUDE = "lora_magnitude_vector"
+_BARE = ("lora_embedding_A", "lora_embedding_B")
+"""Factors that PEFT keeps as parameters of the layer, so that their names have no `.weight`; nor have magnitudes."""
+
+_NOT_PLAIN = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "velora_config",
+)
+"""Settings of PEFT's with which an adapter is more, or something else, than LoRA of one rank and alpha."""
+
+_OTHER_BASE = ("corda", "lora_ga", "loftq", "olora", "pissa")
+"""Inits that change the base weights; what PEFT saves of them belongs to that changed model."""
 
 
 @dataclass(frozen=True)
@@ -210,23 +234,34 @@ def export_peft_adapter(
     use_rslora: bool,
     dropout: float = 0.0,
     base_model: str | None = None,
+    task_type: str | None = None,
+    fan_in_fan_out: bool = False,
+    saved_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes an adapter folder that `peft.PeftModel.from_pretrained` loads: DoRA where the tensors have magnitudes.
 
     Args:
         directory: made if it is not there.
         tensors: as `LoraBank.adapter` returns them: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O], `fc1.magnitude`
-            [1, O].
+            [1, O], `wte.lora_embedding_A` and `wte.lora_embedding_B`.
         rank: r.
         alpha: in the gauge that the tensors are in.
-        target_modules: as the spec has them.
+        target_modules: as the spec has them. `all-linear` is written as the layers that it stood for, as PEFT does it:
+            what it stands for depends on the model's class, which the folder does not know.
         use_rslora: whether alpha is divided by sqrt(r) instead of r.
         dropout: that it was trained with, for whoever trains it on; it changes no output.
         base_model: name or path that PEFT should load the base model from, if it has one.
+        task_type: PEFT's: CAUSAL_LM, SEQ_CLS and so on. With SEQ_CLS the classifier's head gets no adapter, whatever
+            the target modules match, and PEFT looks for it among the saved modules.
+        fan_in_fan_out: whether the layers are Conv1D (`LoraBank.fan_in_fan_out`).
+        saved_modules: PEFT's `modules_to_save`: the state of each module that was trained whole, by its full name.
     """
-    config = {
+    saved_modules = saved_modules or {}
+    if isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR:
+        target_modules = sorted({name.rpartition(".")[0] for name in tensors})
+    config: dict[str, object] = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type,
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -236,10 +271,14 @@ def export_peft_adapter(
         "use_dora": _has_magnitudes(tensors),
         "lora_dropout": dropout,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
     }
     weights = dict(_to_peft(name, value) for name, value in tensors.items())
+    if saved_modules:
+        config["modules_to_save"] = sorted(saved_modules)
+        states = {name: state.items() for name, state in saved_modules.items()}
+        weights |= {f"{_PEFT_PREFIX}{name}.{key}": value for name, items in states.items() for key, value in items}
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / _PEFT_WEIGHTS, _serialise(weights))
     write_atomically(directory / _PEFT_CONFIG, json.dumps(config, indent=2).encode())
@@ -250,7 +289,7 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
 
     Raises:
         CheckpointError: a file is missing or broken, or the adapter is more than LoRA or DoRA of one rank (biases,
-            per-layer ranks, other trained modules), or has not what its config says.
+            per-layer ranks, other trained modules, a base model changed by its init), or has not what its config says.
     """
     try:
         config = json.loads((directory / _PEFT_CONFIG).read_bytes())
@@ -260,7 +299,9 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
         raise CheckpointError(f"{directory} has no {missing}: save the adapter with safe_serialization=True") from None
     except (ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the adapter in {directory} cannot be read ({error}): save it again") from None
-    beyond = [key for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    beyond = [key for key in _NOT_PLAIN if config.get(key)]
+    if str(config.get("init_lora_weights")).lower().startswith(_OTHER_BASE):
+        beyond.append(f"init_lora_weights={config['init_lora_weights']!r}, which changes the base model,")
     if config.get("peft_type") != "LORA" or beyond:
         found = ", ".join(beyond) or config.get("peft_type")
         raise CheckpointError(
@@ -268,8 +309,7 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
         )
     factors = ("lora_A", "lora_B", "magnitude") if config.get("use_dora") else ("lora_A", "lora_B")
     tensors = dict(_from_peft(directory, name, value, factors) for name, value in weights.items())
-    layers = {key.rpartition(".")[0] for key in tensors}
-    if absent := sorted({f"{layer}.{factor}" for layer in layers for factor in factors} - tensors.keys()):
+    if absent := sorted({needed for name in tensors for needed in _beside(name, factors)} - tensors.keys()):
         raise CheckpointError(
             f"{directory} must hold {', '.join(factors)} of every layer; found no {', '.join(absent)}: save it again"
         )
@@ -288,21 +328,33 @@ def _has_magnitudes(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.endswith(".magnitude") for name in tensors)
 
 
+def _beside(name: str, factors: Sequence[str]) -> Sequence[str]:
+    """What a layer has of which one tensor is found."""
+    layer, _, factor = name.rpartition(".")
+    return [f"{layer}.{each}" for each in (_BARE if factor in _BARE else factors)]
+
+
 def _to_peft(name: str, value: Tensor) -> tuple[str, Tensor]:
-    """A tensor of `LoraBank.adapter` as PEFT names and shapes it: B [O, r], magnitudes [O] and no `.weight` to them."""
+    """A tensor of `LoraBank.adapter` as PEFT names and shapes it: B [O, r], magnitudes [O]."""
     layer, _, factor = name.rpartition(".")
     if factor == "magnitude":
         return f"{_PEFT_PREFIX}{layer}.{_PEFT_MAGNITUDE}", value[0]
-    return f"{_PEFT_PREFIX}{layer}.{factor}.weight", value.mT if factor == "lora_B" else value
+    ending = "" if factor in _BARE else ".weight"
+    return f"{_PEFT_PREFIX}{layer}.{factor}{ending}", value.mT if factor.endswith("_B") else value
 
 
 def _from_peft(directory: Path, name: str, value: Tensor, factors: Sequence[str]) -> tuple[str, Tensor]:
-    """The way back, for a tensor that must be one of `factors`."""
+    """The way back, for a tensor that must be one of `factors` or of an embedding's."""
+    if name.endswith(".base_layer.weight"):  # what PEFT adds for an adapted embedding
+        raise CheckpointError(
+            f"{directory} must hold an adapter without weights of its base model; found {name!r}: save it with "
+            "save_embedding_layers=False, if the vocabulary is the base model's own"
+        )
     layer, _, factor = name.removeprefix(_PEFT_PREFIX).removesuffix(".weight").rpartition(".")
     factor = "magnitude" if factor == _PEFT_MAGNITUDE else factor
-    if factor not in factors or value.dim() != (1 if factor == "magnitude" else 2):
+    if factor not in (*factors, *_BARE) or value.dim() != (1 if factor == "magnitude" else 2):
         kinds = "lora_A and lora_B matrices" + (f" and {_PEFT_MAGNITUDE}s" if "magnitude" in factors else "")
         raise CheckpointError(f"{directory} must hold nothing but {kinds}; found {name!r}")
     if factor == "magnitude":
         return f"{layer}.magnitude", value[None].contiguous()
-    return f"{layer}.{factor}", (value.mT if factor == "lora_B" else value).contiguous()
+    return f"{layer}.{factor}", (value.mT if factor.endswith("_B") else value).contiguous()

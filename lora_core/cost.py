@@ -4,7 +4,7 @@
     K       members of the pack
     R       the pack's rank (its largest; smaller ones are padded to it)
     M       rows a member brings to a layer: batch, or batch x tokens
-    I, O    a layer's input and output width
+    I, O    a layer's input and output width; for an adapted embedding I is the number of its rows
 
 FLOPs of one step of one layer, a multiply-add counted as two:
 
@@ -15,6 +15,9 @@ FLOPs of one step of one layer, a multiply-add counted as two:
     adapter, backward to A and B      2 K M R (I + O)
     adapter, backward to h = x A^T    2 K M R O
     adapter, backward to the input    2 K M R I      where anything before the layer is trained
+
+An adapted embedding looks its rows up: it has the parts with O alone, 2 K M R O three times, and keeps no input. Its
+gradient is summed over the tokens in a table of its own, R I elements, before it is added.
 
 Assumptions, each on the safe side or small unless said otherwise:
 
@@ -39,27 +42,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """A linear layer as cost sees it.
+    """A linear layer, or an adapted embedding, as cost sees it.
 
     Attributes:
         d_in: I.
         d_out: O.
         adapted: whether it carries adapters.
         input_trained: whether its input depends on anything trained, so that the backward pass must reach it.
+        lookup: whether it is an embedding.
     """
 
     d_in: int
     d_out: int
     adapted: bool
     input_trained: bool
+    lookup: bool = False
+
+    @property
+    def kept_in(self) -> int:
+        """Width of the input that it keeps."""
+        return 0 if self.lookup else self.d_in
 
 
-def layer_shapes(widths: Mapping[str, tuple[int, int]], targets: Collection[str]) -> tuple[LayerShape, ...]:
+def layer_shapes(
+    widths: Mapping[str, tuple[int, int]], targets: Collection[str], lookups: Collection[str] = ()
+) -> tuple[LayerShape, ...]:
     """Returns the layers of a model in order.
 
     Args:
-        widths: (d_in, d_out) of every linear layer by name, in the order in which they run.
+        widths: (d_in, d_out) of every linear layer and adapted embedding by name, in the order in which they run.
         targets: names of the adapted ones.
+        lookups: names of the embeddings among them.
 
     Raises:
         ValueError: a target is no layer.
@@ -68,7 +81,7 @@ def layer_shapes(widths: Mapping[str, tuple[int, int]], targets: Collection[str]
         raise ValueError(f"targets must be among the layers {', '.join(widths)}; found {', '.join(unknown)}")
     shapes, trained = [], False
     for name, (d_in, d_out) in widths.items():
-        shapes.append(LayerShape(d_in, d_out, name in targets, trained))
+        shapes.append(LayerShape(d_in, d_out, name in targets, trained, name in lookups))
         trained = trained or name in targets
     return tuple(shapes)
 
@@ -104,10 +117,10 @@ def step_flops(layers: Sequence[LayerShape], *, members: int, rank: int, rows: i
     base = adapters = 0
     for layer in layers:
         passes = 2 if layer.input_trained else 1
-        base += passes * 2 * members * rows * layer.d_in * layer.d_out
+        base += passes * 2 * members * rows * layer.kept_in * layer.d_out
         if layer.adapted:
-            to_input = layer.d_in if layer.input_trained else 0
-            adapters += 2 * members * rows * rank * (2 * (layer.d_in + layer.d_out) + layer.d_out + to_input)
+            to_input = layer.kept_in if layer.input_trained else 0
+            adapters += 2 * members * rows * rank * (2 * (layer.kept_in + layer.d_out) + layer.d_out + to_input)
     return StepFlops(base, adapters)
 
 
@@ -120,7 +133,7 @@ class MemberBytes:
         gradients: of its adapters.
         optimizer: its optimizer state.
         activations: kept by one forward pass for the backward pass.
-        transient: at the widest layer, beside what is kept.
+        transient: at the widest layer and at an adapted embedding, beside what is kept.
     """
 
     weights: int
@@ -159,17 +172,18 @@ def member_bytes(
         dropout: whether its inputs are dropped.
     """
     adapted = [layer for layer in layers if layer.adapted]
-    d_in, d_out = (sum(getattr(layer, side) for layer in adapted) for side in ("d_in", "d_out"))
+    d_in, kept_in, d_out = (sum(getattr(layer, side) for layer in adapted) for side in ("d_in", "kept_in", "d_out"))
     weights = (rank * (d_in + d_out) + dora * d_out) * adapter_itemsize
-    kept_by_adapters = (d_in + rank * len(adapted) + dora * d_out) * adapter_itemsize + dropout * d_in
+    kept_by_adapters = (kept_in + rank * len(adapted) + dora * d_out) * adapter_itemsize + dropout * kept_in
     kept_by_base = sum(layer.d_out for layer in layers) * activation_itemsize
-    widest = max(max(layer.d_in, layer.d_out) for layer in layers)
+    widest = max(max(layer.kept_in, layer.d_out) for layer in layers)
+    table = max((layer.d_in for layer in adapted if layer.lookup), default=0)
     return MemberBytes(
         weights=weights,
         gradients=weights,
         optimizer=optimizer_states * weights,
         activations=rows * (kept_by_adapters + kept_by_base),
-        transient=2 * rows * widest * activation_itemsize,
+        transient=2 * rows * widest * activation_itemsize + table * rank * adapter_itemsize,
     )
 
 

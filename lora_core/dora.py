@@ -25,10 +25,11 @@ gauge of powers of two leaves n and g_m as they are, bit for bit, and moves h, u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -40,14 +41,14 @@ def row_squares_O(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     return weight_OI.detach().to(dtype).square().sum(dim=1)
 
 
-def check_rows(bases: dict[str, nn.Linear]) -> None:
-    """Checks that DoRA can divide by the norms of all rows.
+def check_rows(weights_OI: Mapping[str, Tensor]) -> None:
+    """Checks that DoRA can divide by the norms of all rows of the layers' weights.
 
     Raises:
         ValueError: a layer's weight has a row of zeros, where PEFT computes 0 / 0.
     """
-    for name, base in bases.items():
-        if zeros := int((~base.weight.any(dim=1)).sum()):
+    for name, weight_OI in weights_OI.items():
+        if zeros := int((~weight_OI.any(dim=1)).sum()):
             raise ValueError(
                 f"DoRA divides by the norm of each row of a weight; found {zeros} rows of zeros in layer {name!r}: "
                 "leave the layer out of target_modules, or train without DoRA"

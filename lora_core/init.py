@@ -1,10 +1,15 @@
-"""Where training starts: the initial A of a member, the same wherever and with whomever it is trained.
+"""Where training starts: the initial factors of a member, the same wherever and with whomever it is trained.
 
     symbol  meaning
     r       rank
     c       init scale: multiplies the base draw
 
-B starts at 0.
+    suffix  meaning
+    R       rank
+    I, O    a layer's input and output width
+    W       either of them
+
+B starts at 0. Under an embedding it is the other way round, as in PEFT: A starts at 0, and c multiplies the draw of B.
 """
 
 from __future__ import annotations
@@ -28,9 +33,9 @@ class Member:
 
     Attributes:
         point: hyperparameters.
-        seed: seed of A's initialisation.
-        perturbation_seed: if given, each element of the initial A moves by one unit in the last place, up or down by
-            this seed: the control runs that a verdict measures rounding with.
+        seed: seed of the adapter's initialisation and of its dropout.
+        perturbation_seed: if given, each element of the initial A (of an embedding's B) moves by one unit in the last
+            place, up or down by this seed: the control runs that a verdict measures rounding with.
         perturbation_dtype: the number format whose units these are, where training computes in a narrower one than the
             layer's (Muon).
     """
@@ -60,17 +65,37 @@ def initial_a(
             because a smaller one would be lost in the cast.
     """
     rank = member.point.rank
-    draws, a_RI = generator("lora_A", member.seed, layer, rank, d_in), torch.empty(rank, d_in)
+    draws, a_RI = _draws("lora_A", member, layer, d_in), torch.empty(rank, d_in)
     if init == "kaiming_uniform":
         a_RI.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=draws)
     else:
         a_RI.normal_(0.0, 1 / rank, generator=draws)
-    a_RI = a_RI.to(dtype) * member.point.init_scale
+    return _scaled(a_RI, member, layer, dtype, compute)
+
+
+def initial_b(
+    member: Member, layer: str, d_out: int, dtype: torch.dtype, *, compute: torch.dtype | None = None
+) -> Tensor:
+    """Returns a member's initial B of an embedding, transposed, [r, d_out], on the CPU.
+
+    Standard normal whatever the init is called, as in PEFT; drawn as A is, and with the arguments of `initial_a`.
+    """
+    b_RO = torch.randn(member.point.rank, d_out, generator=_draws("lora_embedding_B", member, layer, d_out))
+    return _scaled(b_RO, member, layer, dtype, compute)
+
+
+def _draws(factor: str, member: Member, layer: str, width: int) -> torch.Generator:
+    return generator(factor, member.seed, layer, member.point.rank, width)
+
+
+def _scaled(base_RW: Tensor, member: Member, layer: str, dtype: torch.dtype, compute: torch.dtype | None) -> Tensor:
+    """A base draw in its dtype, times c, and perturbed for a control run."""
+    value_RW = base_RW.to(dtype) * member.point.init_scale
     if member.perturbation_seed is None:
-        return a_RI
-    coins = generator("perturbation", member.perturbation_seed, layer, rank, d_in)
-    up = torch.rand(rank, d_in, generator=coins) < 0.5
+        return value_RW
+    coins = generator("perturbation", member.perturbation_seed, layer, *value_RW.shape)
+    up = torch.rand(value_RW.shape, generator=coins) < 0.5
     formats = [each for each in (dtype, compute, member.perturbation_dtype) if each is not None]
-    narrow_RI = a_RI.to(max(formats, key=lambda each: torch.finfo(each).eps))
-    infinity = torch.full_like(narrow_RI, math.inf)
-    return torch.nextafter(narrow_RI, torch.where(up, infinity, -infinity)).to(dtype)
+    narrow_RW = value_RW.to(max(formats, key=lambda each: torch.finfo(each).eps))
+    infinity = torch.full_like(narrow_RW, math.inf)
+    return torch.nextafter(narrow_RW, torch.where(up, infinity, -infinity)).to(dtype)

@@ -1,5 +1,5 @@
 """A frozen linear layer under K adapters: one product forward, one backward, gradients straight into the bank's
-storage.
+storage. GPT-2's Conv1D is one with a transposed weight (base.py); embedding.py has embeddings.
 
     suffix  meaning
     K       members of the pack
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_core.base import BaseLayer
 from lora_core.dora import DoraProduct, row_norms_KO, row_squares_O
 from lora_core.dropout import Mask
 
@@ -70,12 +71,10 @@ class _AdaptedProduct(torch.autograd.Function):
         return g_x_KMI, None, None, None, None, None, None
 
 
-class BankedLinear(nn.Module):
-    """K adapters over one frozen `nn.Linear`.
+class BankedLayer(nn.Module):
+    """K adapters over one frozen layer.
 
-    The leading dimension of its input is K*N, member-major: the N rows of member 0 first. It computes in its input's
-    dtype (autocast's, under autocast), whatever dtype the adapters are kept in. Whether it drops anything does not
-    depend on `training`: the bank says so.
+    The leading dimension of its input is K*N, member-major: the N rows of member 0 first.
 
     Attributes:
         base: the frozen layer.
@@ -85,16 +84,8 @@ class BankedLinear(nn.Module):
     """
 
     s_K11: Tensor  # noqa: N815
-    squares_O: Tensor | None  # noqa: N815
 
-    def __init__(
-        self,
-        base: nn.Linear,
-        factors: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        s_K: Sequence[float],
-        draw_mask: Callable[[Tensor], Mask | None],
-    ):
+    def __init__(self, base: BaseLayer, factors: Sequence[Tensor], grads: Sequence[Tensor], s_K: Sequence[float]):
         """Takes views of the bank's storage.
 
         Args:
@@ -102,37 +93,42 @@ class BankedLinear(nn.Module):
             factors: [K, R, I] and [K, R, O], and [K, 1, O] for DoRA.
             grads: of the factors, in their shapes.
             s_K: scalings.
-            draw_mask: from the rows [K, M, I], what dropout does to them; None for nothing.
         """
         super().__init__()
-        self.base = base
+        self._layer, self.base = base, base.module
         self.a_KRI, self.b_KRO = (nn.Parameter(factor) for factor in factors[:2])
         self.a_KRI.grad, self.b_KRO.grad = grads[:2]
-        self._draw_mask = draw_mask
-        # Never in half precision: rounded to bfloat16, s would be off by up to 0.4%.
-        dtype = torch.promote_types(factors[0].dtype, torch.float32)
-        s_K11 = torch.tensor(s_K, dtype=dtype, device=factors[0].device).view(-1, 1, 1)
-        self.register_buffer("s_K11", s_K11, persistent=False)
-        self.m_KO, self._grads, squares_O = None, tuple(grads), None
+        self.m_KO, self._grads = None, tuple(grads)
         if len(factors) == 3:
             self.m_KO = nn.Parameter(factors[2][:, 0])
             self.m_KO.grad = grads[2][:, 0]
             self._grads = (*grads[:2], grads[2][:, 0])
-            squares_O = row_squares_O(base.weight, dtype).to(factors[0].device)
-        self.register_buffer("squares_O", squares_O, persistent=False)
+        # Never in half precision: rounded to bfloat16, s would be off by up to 0.4%.
+        dtype = torch.promote_types(factors[0].dtype, torch.float32)
+        s_K11 = torch.tensor(s_K, dtype=dtype, device=factors[0].device).view(-1, 1, 1)
+        self.register_buffer("s_K11", s_K11, persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The base weight [O, I]; some models look at a layer's weight for its dtype."""
-        return self.base.weight
+        """The base weight, as the base layer has it; some models look at a layer's weight for its dtype."""
+        return self._layer.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base bias [O]."""
-        return self.base.bias
+        return self._layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[K*N, ..., I] -> [K*N, ..., O].
+    @torch.no_grad()
+    def merged(self, a_RI: Tensor, b_RO: Tensor, m_1O: Tensor | None, scaling: float) -> Tensor:
+        """Returns W + s B A for one member's factors, its rows [O] brought to their magnitudes under DoRA, in the base
+        weight's own layout and dtype."""
+        merged_OI = self._layer.weight_OI + scaling * (b_RO.mT @ a_RI)
+        if m_1O is not None:
+            merged_OI = m_1O.mT / torch.linalg.vector_norm(merged_OI, dim=1, keepdim=True) * merged_OI
+        return self._layer.as_OI(merged_OI).to(self.weight.dtype)
+
+    def _members_of(self, x: Tensor) -> int:
+        """K, after checking that the rows of x can be dealt to the members.
 
         Raises:
             ValueError: the leading dimension is not a multiple of K.
@@ -142,21 +138,77 @@ class BankedLinear(nn.Module):
             raise ValueError(
                 f"a pack of {members} needs a batch of {members} times the same rows; found {x.shape[0]} rows"
             )
+        return members
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLayer:
+        # .to(device), .half() and the like give parameters a storage of their own: training would go on in the old one,
+        # and the model would silently never learn.
+        before = self.a_KRI.data_ptr()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.a_KRI.data_ptr() != before:
+            raise RuntimeError(
+                "adapters must be attached after the model is on its device and in its dtype: detach first"
+            )
+        return self
+
+
+class BankedLinear(BankedLayer):
+    """K adapters over one frozen `nn.Linear` or Conv1D.
+
+    It computes in its input's dtype (autocast's, under autocast), whatever dtype the adapters are kept in. Whether it
+    drops anything does not depend on `training`: the bank says so.
+    """
+
+    squares_O: Tensor | None  # noqa: N815
+
+    def __init__(
+        self,
+        base: BaseLayer,
+        factors: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        s_K: Sequence[float],
+        draw_mask: Callable[[Tensor], Mask | None],
+    ):
+        """Takes what every layer does, and from the rows [K, M, I] what dropout does to them; None for nothing."""
+        super().__init__(base, factors, grads, s_K)
+        self._draw_mask = draw_mask
+        squares_O = None
+        if self.m_KO is not None:
+            squares_O = row_squares_O(base.weight_OI, self.s_K11.dtype).to(self.s_K11.device)
+        self.register_buffer("squares_O", squares_O, persistent=False)
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self._layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self._layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K*N, ..., I] -> [K*N, ..., O].
+
+        Raises:
+            ValueError: the leading dimension is not a multiple of K.
+        """
+        members = self._members_of(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = self.base.bias
+        bias = self.bias
         x_KMI = x.to(dtype).reshape(members, -1, x.shape[-1])
         arguments = (
             x_KMI,
             self.a_KRI.to(dtype),
             self.b_KRO.to(dtype),
             self.s_K11,
-            (self.base.weight.to(dtype), None if bias is None else bias.to(dtype)),
+            (self._layer.weight_OI.to(dtype), None if bias is None else bias.to(dtype)),
             self._grads,
             self._draw_mask(x_KMI),
         )
         out_KMO: Tensor
-        if len(self._grads) == 2:
+        if self.m_KO is None:
             out_KMO = _AdaptedProduct.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
             magnitudes = self.m_KO, self.row_norms_KO()
@@ -171,17 +223,6 @@ class BankedLinear(nn.Module):
         """
         if self.squares_O is None:
             raise ValueError("row norms belong to DoRA; found a layer without it: give the members magnitude settings")
-        norms_KO = row_norms_KO(self.base.weight, self.squares_O, self.a_KRI, self.b_KRO, self.s_K11)
+        norms_KO = row_norms_KO(self._layer.weight_OI, self.squares_O, self.a_KRI, self.b_KRO, self.s_K11)
         # As PEFT rounds them: with magnitudes rounded alike, their ratio is exactly 1 at the start.
         return norms_KO.to(self.a_KRI.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLinear:
-        # .to(device), .half() and the like give parameters a storage of their own: training would go on in the old one,
-        # and the model would silently never learn.
-        before = self.a_KRI.data_ptr()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.a_KRI.data_ptr() != before:
-            raise RuntimeError(
-                "adapters must be attached after the model is on its device and in its dtype: detach first"
-            )
-        return self

@@ -57,10 +57,10 @@ def test_targets_are_matched_as_peft_matches_them(target_modules):
     [
         (["q", "k_proj", "v_proj"], "no module is called 'k_proj', 'v_proj'; the linear layers are q, blocks.0.q"),
         ([], "target_modules is empty; the linear layers are q"),
-        (r"blocks", "must be plain nn.Linear layers; 'blocks' is a ModuleList"),
+        (r"blocks", "must be plain nn.Linear, Conv1D or nn.Embedding layers; 'blocks' is a ModuleList"),
         (r".*k", r"the regular expression '\.\*k' matches no module's full name; the linear layers are q"),
         (r"*q", "must be a list of names or a regular expression"),
-        (["norm"], "must be plain nn.Linear layers; 'norm' is a LayerNorm; the linear layers are q"),
+        (["norm"], "nn.Embedding layers; 'norm' is a LayerNorm; the linear layers are q"),
     ],
 )
 def test_targets_that_carry_no_adapter_are_refused_with_those_that_do(target_modules, message):

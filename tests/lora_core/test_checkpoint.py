@@ -256,6 +256,9 @@ def test_an_exported_adapter_comes_back_to_the_last_bit(tmp_path):
     ("settings", "message"),
     [
         ({"rank_pattern": {"fc1": 2}}, "LoRA or DoRA of one rank and alpha; found rank_pattern"),
+        ({"alpha_pattern": {"fc1": 2}}, "LoRA or DoRA of one rank and alpha; found alpha_pattern"),
+        ({"modules_to_save": ["head"]}, "LoRA or DoRA of one rank and alpha; found modules_to_save"),
+        ({"init_lora_weights": "olora"}, "found init_lora_weights='olora', which changes the base model"),
         ({"bias": "all"}, "nothing but lora_A and lora_B matrices; found"),
         ({"bias": "all", "use_dora": True}, "lora_A and lora_B matrices and lora_magnitude_vectors; found"),
     ],

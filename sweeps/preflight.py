@@ -14,6 +14,7 @@ import torch
 
 from lora_core import cost
 from lora_core.adapter import LoraBank, Member
+from lora_core.base import layer_widths
 from lora_core.optimizers import PackOptimizer
 from lora_core.targets import NoTargetError, find_targets
 from sweeps.errors import SpecError
@@ -122,12 +123,12 @@ def _found(spec: SweepSpec) -> str:
 
 def most_members(spec: SweepSpec, fit: Preflight) -> int:
     """The largest pack that a worker's share of this machine's memory holds, at least 1."""
-    linear = {name: m for name, m in fit.task.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    widths = {name: (layer.in_features, layer.out_features) for name, layer in linear.items()}
+    targets = find_targets(fit.task.model, spec.lora.target_modules)
+    lookups = {name for name, target in targets.items() if target.kind == "embedding"}
     parameters = [*fit.task.model.parameters(), *fit.task.model.buffers()]
     itemsize = getattr(torch, spec.train.dtype).itemsize
     member = cost.member_bytes(
-        cost.layer_shapes(widths, set(fit.layers)),
+        cost.layer_shapes(layer_widths(fit.task.model, targets), set(targets), lookups),
         rank=max(SearchSpace.of(spec).ranks),
         rows=fit.task.most_rows(spec.train.batch_size),
         optimizer_states=spec.train.law.states_with(spec.train.settings),

@@ -94,7 +94,8 @@ class LoraSpec(Section):
     target_modules: Annotated[_Names | _Regex, BeforeValidator(_read_target_modules)] = Field(
         examples=[["q_proj", "v_proj"]]
     )
-    """Names of the layers that get an adapter, or one regular expression that their full names match, as in PEFT."""
+    """Names of the layers that get an adapter, one regular expression that their full names match, or all-linear: every
+    linear layer but the output. As in PEFT."""
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """Distribution that A is drawn from; B starts at 0. kaiming_uniform is PEFT's default."""
     rslora: Flag = False

@@ -112,12 +112,12 @@ class CausalLmTask:
         return [{"eval/loss": mean, "eval/perplexity": math.exp(min(mean, _MOST_PERPLEXITY_NATS))} for mean in means]
 
     def _nats_KNW(self, batch: Batch, members: int) -> tuple[Tensor, int]:
-        """The loss of each token [K, N, W - 1], 0 where nothing is learned, and how many tokens of a member are."""
+        """The loss at each token [K, N, W], 0 where nothing is learned, and how many tokens of a member are."""
         ids, targets = batch.ids.to(self._device), batch.targets.to(self._device)
         positions = {}
         if batch.positions is not None:
             positions["position_ids"] = batch.positions.to(self._device).repeat(members, 1)
-        logits = self.model(input_ids=ids.repeat(members, 1), use_cache=False, **positions).logits[:, :-1]
+        logits = self.model(input_ids=ids.repeat(members, 1), use_cache=False, **positions).logits
         # Half precision is for products; a softmax over a vocabulary in it would be off by a tenth of a nat.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         flat = targets.repeat(members, 1).flatten()
@@ -198,7 +198,11 @@ def _check_apart(model: nn.Module, section: Section) -> None:
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2, device=device)
     # The same second sample, after two different first ones.
     ids = torch.tensor([[1, 2, 3, 0, 2, 1, 0, 3], [3, 0, 1, 2, 2, 1, 0, 3]], device=device)
-    one, other = model(input_ids=ids % vocabulary(model), position_ids=positions, use_cache=False).logits[:, 4:]
+    try:
+        one, other = model(input_ids=ids % vocabulary(model), position_ids=positions, use_cache=False).logits[:, 4:]
+    except TypeError as error:
+        required = "false, for this model takes no position ids, by which packed samples are told apart"
+        raise TaskError("packing", required, f"true, and {error}") from None
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
         required = "false, for this model and its attention do not keep packed samples apart"
         raise TaskError("packing", required, "true", "or try another task.attention")

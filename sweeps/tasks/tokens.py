@@ -79,7 +79,7 @@ class Batch:
 
     Attributes:
         ids: [N, W], 0 where there is nothing.
-        targets: [N, W - 1], the next token where it is learned, else -100.
+        targets: [N, W], the token after each where it is learned, else -100.
         positions: [N, W], each token's place in its own sample; None where every row is one sample.
     """
 
@@ -146,11 +146,12 @@ class Rows:
             start, stop = starts[0], starts[-1]
             flat = self.tokens.ids_T[start:stop].long()
             ids[n, : stop - start] = flat
-            targets[n, : stop - start] = torch.where(self.tokens.learned_T[start:stop], flat, -100)
+            # Of the token behind: the last has none, and what is behind a packed sample is the first of another.
+            targets[n, : stop - start - 1] = torch.where(self.tokens.learned_T[start + 1 : stop], flat[1:], -100)
             # The padding is a sample of its own, so that it sees no other and is seen by none.
             for one, next_one in pairwise([*starts, start + width]):
                 positions[n, one - start : next_one - start] = torch.arange(next_one - one)
-        return Batch(ids, targets[:, 1:].contiguous(), positions if self.packed else None)
+        return Batch(ids, targets, positions if self.packed else None)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """All of it, by name."""

@@ -317,7 +317,7 @@ def test_packed_rows_are_full_and_hold_every_sample_once():
     assert batch.positions is not None
     assert batch.positions[0].tolist() == [*range(9), 0, *range(6)]
     assert (batch.targets[0, :8] == 1).all()
-    assert batch.targets[0, 8:].tolist() == [-100] * 7  # a sample's first token is nobody's to predict
+    assert batch.targets[0, 8:].tolist() == [-100] * 8  # a sample's first token is nobody's to predict
     assert Rows.padded(tokens).batch([0, 3], multiple=8).positions is None
 
 
@@ -543,6 +543,13 @@ def test_a_model_that_mixes_packed_samples_is_refused(
         positions = None if position_ids is None else torch.arange(position_ids.shape[1])[None]
         return plain(self, *args, position_ids=positions, **kwargs)
 
+    def without_positions(self: Any, input_ids: Tensor, use_cache: bool) -> None:
+        raise NotImplementedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaForCausalLM, "forward", without_positions)
+        with pytest.raises(SpecError, match=r"3: task\.packing: required false, for this model takes no position ids"):
+            fit(lm_document(model, texts, "packing: true"), tmp_path)
     monkeypatch.setattr(transformers.LlamaModel, "forward", forward)
     with pytest.raises(SpecError, match=r"3: task\.packing: required false, for this model and its attention"):
         fit(lm_document(model, texts, "packing: true"), tmp_path)

@@ -37,10 +37,11 @@ def _absolute(name: str, read: ValidationInfo) -> str:
     """A path made absolute; the id of something elsewhere as it is."""
     if read.context is None:
         return name
-    path = Path(os.path.normpath(read.context["directory"] / Path(name).expanduser()))
+    # os.path, for pathlib raises on names too long or unknown users, which are no faults of a kind to die of.
+    path = os.path.normpath(os.path.join(read.context["directory"], os.path.expanduser(name)))
     # An id is written like a relative path: it is one if it is there, or could be nothing else.
-    is_path = path.exists() or name.startswith(_LOOKS_LIKE_A_PATH) or path.suffix in DATA_FILES or name == "."
-    return str(path) if is_path else name
+    is_path = os.path.exists(path) or name.startswith(_LOOKS_LIKE_A_PATH) or name.endswith(DATA_FILES) or name == "."
+    return path if is_path else name
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]

@@ -5,6 +5,7 @@ Nothing is ever executed or unpickled: `trust_remote_code` is off, and weights a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -94,7 +95,7 @@ def _config(section: CausalLmTask) -> Any:
 
 def _loaded(name: str, load: Callable[[], _Made], required: str) -> _Made:
     path = Path(name)
-    if path.is_absolute() and not path.is_dir():
+    if path.is_absolute() and not os.path.isdir(name):
         raise TaskError("model", "a model's directory, or its id on the Hugging Face hub", f"no directory {name}")
     if path.is_absolute() and not (path / "config.json").is_file():
         raise TaskError("model", "a model's directory", f"no config.json in {name}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,13 +91,13 @@ def load_samples(data: TextData, *, held_out: bool) -> Samples | None:
 
 def _table(key: str, place: str, split: str, data: TextData) -> _Table:
     path = Path(place)
-    if path.is_file():
+    if os.path.isfile(place):
         table = _read_file(key, path)
         if split != "train":
             # A file is one split, and it is not clear what the user thinks this is.
             where = "data.eval_split" if key != "train" else "data.split"
             raise TaskError(where, f"none, for {path.name} is a file", split, "name a file for each split")
-    elif path.is_absolute() and not path.exists():
+    elif path.is_absolute() and not os.path.exists(place):
         raise TaskError(f"data.{key}", "a file, or a directory with a data set", f"no such file or directory: {place}")
     else:
         table = _read_data_set(key, place, split, data)
@@ -174,7 +175,7 @@ def _read_data_set(key: str, place: str, split: str, data: TextData) -> _Table:
         way_out = "pip install 'lora-sweeps[hf]', or name a file"
         raise TaskError(f"data.{key}", "the package datasets", "it is not installed", way_out) from None
     try:
-        if (Path(place) / "state.json").exists() or (Path(place) / "dataset_dict.json").exists():
+        if any(os.path.exists(os.path.join(place, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(place)
         else:
             found = datasets.load_dataset(place, name=data.config)

@@ -476,9 +476,14 @@ def test_what_cannot_be_trained_on_is_refused_with_the_line_of_its_key(
     assert fault.line in (3, 4, 8) if fault.path.startswith("task") else fault.line is not None
 
 
-def test_models_that_cannot_be_had_are_refused(model: Path, texts: str, tmp_path: Path):
+def test_models_and_data_that_cannot_be_had_are_refused(model: Path, texts: str, tmp_path: Path):
     with pytest.raises(SpecError, match=r"3: task\.model: required a model's directory, or its id .*no directory"):
         fit(lm_document(tmp_path / "none", texts), tmp_path)
+    for odd in ("x" * 300, "./" + "x" * 300, "~nobody-by-that-name/x"):
+        with pytest.raises(SpecError, match=r"3: task\.model: required a "):
+            fit(lm_document(odd, texts), tmp_path)
+        with pytest.raises(SpecError, match=r"4: task\.data\.train: required a "):
+            fit(lm_document(model, f"train: '{odd}'"), tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SpecError, match=r"3: task\.model: required a model's directory; found no config\.json in"):
         fit(lm_document(tmp_path / "empty", texts), tmp_path)

@@ -54,7 +54,10 @@ def _section(name: str, field: dict[str, Any], definitions: dict[str, Any], *, r
 
 def _rows(key: str, value: dict[str, Any], definitions: dict[str, Any], *, required: bool) -> list[str]:
     default = "required" if required else f"`{_shown(value['default'])}`" if "default" in value else ""
-    rows = [f"| `{key}` | {default} | {_words(value)} |"]
+    about = _words(value) or _words(_resolve(value, definitions))
+    rows = [f"| `{key}` | {default} | {about} |"]
+    for name, inner in _resolve(value, definitions).get("properties", {}).items() if "$ref" in value else ():
+        rows += _rows(f"{key}.{name}", inner, definitions, required=name in _resolve(value, definitions)["required"])
     for one in value.get("oneOf", ()):
         variant = _resolve(one, definitions)
         rows.append(f"| `{key}: {{type: {variant['properties']['type']['const']}}}` | | {variant['description']} |")
@@ -82,6 +85,8 @@ def _shown(default: Any) -> str:
             return str(default).lower()
         case {"values": [only]}:
             return f"{only:g}"
+        case list():
+            return f"[{', '.join(map(_shown, default))}]"
         case dict():
             return ", ".join(f"{key}: {_shown(inner)}" for key, inner in default.items() if inner is not None)
         case _:

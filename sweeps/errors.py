@@ -3,6 +3,7 @@
     SweepsError
     └── InputError                what was asked for cannot be done; the message is for the user (exit code 2)
         ├── SpecError             a spec with one or more faults, each with its place
+        ├── TaskError             a task's section asks for what the model or the data do not have
         ├── SweepNotFoundError    no sweep goes by that name or id
         ├── StateError            a directory, database or lock that cannot be used
         ├── TrackingError         MLflow cannot be reached or refuses
@@ -64,6 +65,28 @@ class SpecError(InputError):
 
     def __str__(self) -> str:
         return "\n".join(fault.render(self.source) for fault in self.faults)
+
+
+class TaskError(InputError):
+    """A task's section asks for what the model or the data do not have: found once they were looked at.
+
+    Attributes:
+        path: the key within the section, dotted: `data.train`.
+        required: what must stand there.
+        found: what was found.
+        hint: the way out.
+    """
+
+    def __init__(self, path: str, required: str, found: str, hint: str | None = None) -> None:
+        super().__init__(path, required, found, hint)
+        self.path = path
+        self.required = required
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        tail = f"; {self.hint}" if self.hint else ""
+        return f"task.{self.path}: required {self.required}; found {self.found}{tail}"
 
 
 class SweepNotFoundError(InputError):

@@ -17,7 +17,7 @@ from lora_core.adapter import LoraBank, Member
 from lora_core.base import layer_widths
 from lora_core.optimizers import PackOptimizer
 from lora_core.targets import NoTargetError, find_targets
-from sweeps.errors import SpecError
+from sweeps.errors import SpecError, TaskError
 from sweeps.recipe import optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration, SearchSpace
@@ -50,10 +50,13 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Pref
     """Loads a spec's task and holds the spec against it.
 
     Raises:
-        SpecError: target modules, ranks or batch size that the model or the data cannot serve.
+        SpecError: target modules, ranks, batch size or a task that the model or the data cannot serve.
     """
     spec = document.spec
-    task = task_loader(cache)(spec)
+    try:
+        task = task_loader(cache)(spec)
+    except TaskError as error:
+        raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
     try:
         targets = find_targets(task.model, spec.lora.target_modules)
     except NoTargetError as error:

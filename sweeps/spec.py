@@ -2,9 +2,9 @@
 
     text -> YamlText (yaml_text.py) -> SweepSpec (sections below it) -> SpecDocument, which knows the lines
 
-A section is checked on its own in `spec_sections.py` and `spec_parameters.py`. What one section demands of another is
-checked here, in validators of the later one, which see those earlier sections that were read: so a fault in one section
-hides none in another.
+A section is checked on its own in `spec_sections.py`, `spec_tasks.py` and `spec_parameters.py`. What one section
+demands of another is checked here, in validators of the later one, which see those earlier sections that were read: so
+a fault in one section hides none in another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from sweeps.spec_preset import FILLED, filled
 from sweeps.spec_sections import (
     CertifySpec,
     ComputeSpec,
-    DigitsTask,
     Goal,
     LoraSpec,
     MedianPruner,
@@ -36,13 +35,14 @@ from sweeps.spec_sections import (
     ReductionSpec,
     SearchSpec,
     SuccessiveHalving,
-    Task,
     TrackingSpec,
     TrainSpec,
 )
+from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, Task, in_directory
 from sweeps.yaml_text import MAX_BYTES, YamlText, dotted, read_yaml
 
 __all__ = [
+    "CausalLmTask",
     "CertifySpec",
     "Choice",
     "ComputeSpec",
@@ -54,6 +54,7 @@ __all__ = [
     "NoPruner",
     "Parameters",
     "Pruner",
+    "PythonTask",
     "Range",
     "ReductionSpec",
     "SearchSpec",
@@ -269,14 +270,15 @@ def parse_spec(text: str, source: str) -> SpecDocument:
 
     Args:
         text: YAML text; not trusted.
-        source: the file's name as the user gave it, for messages.
+        source: the file's name as the user gave it, for messages; relative paths in the spec start from its directory.
 
     Raises:
         SpecError: the text is no plain YAML, or no spec; every fault at once, in the order of the lines.
     """
     yaml = read_yaml(text, source)
     try:
-        return SpecDocument(SweepSpec.model_validate(yaml.value), text, yaml)
+        spec = SweepSpec.model_validate(yaml.value, context=in_directory(Path(source).parent))
+        return SpecDocument(spec, text, yaml)
     except ValidationError as error:
         raise SpecError(source, _faults(mistakes_of(error), yaml)) from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -34,7 +34,7 @@ Positive = Annotated[float, Strict(), Field(gt=0)]
 BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
 
-def _in_one(required: str) -> WrapValidator:
+def in_one(required: str) -> WrapValidator:
     """Returns a validator that states one requirement for all the types of a union, instead of one for each."""
 
     def read(raw: Any, validate: ValidatorFunctionWrapHandler) -> Any:
@@ -46,25 +46,7 @@ def _in_one(required: str) -> WrapValidator:
     return WrapValidator(read)
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------
-
-
-class DigitsTask(Section):
-    """Classifies scikit-learn's 8 x 8 digits with a small frozen network: the demo, seconds on a laptop."""
-
-    metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/accuracy": "maximize"}
-    """What the task reports, and which way is better."""
-    log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
-    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
-
-    type: Literal["digits"]
-    """The name of the task."""
-    base_seed: Seed = 0
-    """Seed of the frozen network that the adapters are put on."""
-
-
-Task = Annotated[DigitsTask, ByType()]
-"""Another task is one more model here: `DigitsTask | CausalLmTask`."""
+# -- how it is trained -------------------------------------------------------------------------------------------------
 
 
 _Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
@@ -368,11 +350,11 @@ MOST_WORKERS = MOST_MEMBERS = 4096
 
 WorkersOrAuto = Annotated[
     Annotated[int, Strict(), Field(ge=1, le=MOST_WORKERS)] | Literal["auto"],
-    _in_one(f"an integer from 1 to {MOST_WORKERS}, or auto"),
+    in_one(f"an integer from 1 to {MOST_WORKERS}, or auto"),
 ]
 PackOrAuto = Annotated[
     Annotated[int, Strict(), Field(ge=1, le=MOST_MEMBERS)] | Literal["auto"],
-    _in_one(f"an integer from 1 to {MOST_MEMBERS}, or auto"),
+    in_one(f"an integer from 1 to {MOST_MEMBERS}, or auto"),
 ]
 
 
@@ -382,7 +364,7 @@ class ComputeSpec(Section):
     workers: WorkersOrAuto = "auto"
     """Jobs at the same time, at most 4096."""
     gpus_per_worker: Annotated[
-        Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], _in_one("a number of at least 0, or auto")
+        Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], in_one("a number of at least 0, or auto")
     ] = "auto"
     """GPUs of one worker; fractions share one."""
     pack: PackOrAuto = "auto"

@@ -84,6 +84,10 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
         losses, diverged_at = _train(spec, task, optimizer, order.start, order.stop)
         trained_s = time.perf_counter()
         metrics = task.evaluate(len(members))
+        if spec.metric.name not in metrics[0]:
+            raise ValueError(
+                f"the task must report metric.name, {spec.metric.name}; found {', '.join(metrics[0]) or 'nothing'}"
+            )
         for k, member in enumerate(order.members):
             if k not in diverged_at:
                 save_member(

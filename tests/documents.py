@@ -1,4 +1,4 @@
-"""Scripts of docs/ as modules, for tests that hold a page to what its script would write."""
+"""Scripts of docs/ and examples/ as modules, for tests that hold a page to what its script would write."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.support import ROOT
 
 
 @functools.cache
-def script(name: str) -> ModuleType:
-    """Returns docs/NAME.py; docs is no package."""
-    location = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+def script(name: str, folder: str = "docs") -> ModuleType:
+    """Returns docs/NAME.py, or that of another folder which is no package."""
+    location = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     assert location is not None
     assert location.loader is not None
     module = importlib.util.module_from_spec(location)

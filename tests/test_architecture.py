@@ -17,6 +17,9 @@ ONLY_IN = {
     "mlflow": {"sweeps/tracking.py"},
     "sqlalchemy": {"sweeps/ledger.py", "sweeps/tracking.py", "sweeps/tracking_address.py"},
     "matplotlib": {"sweeps/plots.py"},
+    "transformers": {"sweeps/tasks/pretrained.py"},
+    "datasets": {"sweeps/tasks/samples.py"},
+    "pyarrow": {"sweeps/tasks/samples.py"},
     "jinja2": {"sweeps/report.py"},
     "ruamel": {"sweeps/yaml_text.py"},
     "click": {

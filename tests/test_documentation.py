@@ -83,6 +83,13 @@ def test_the_spec_in_the_readme_is_the_example_in_short():
     assert shown.train == example.train
 
 
+def test_every_task_in_the_guide_is_a_valid_one():
+    blocks = re.findall(r"```yaml\n(task:.*?)```", (ROOT / "docs" / "tasks.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        parse_spec(f"name: x\n{block}\nlora: {{target_modules: [x]}}\nparameters: {{rank: 2, lr: 1}}\n", "tasks.md")
+
+
 def test_the_spec_page_is_made_from_the_schema():
     location = importlib.util.spec_from_file_location("make_spec", ROOT / "docs" / "make_spec.py")
     assert location is not None

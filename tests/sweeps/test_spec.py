@@ -13,7 +13,18 @@ from pydantic import BaseModel, ValidationError
 from lora_core.laws import LAWS
 from lora_core.presets import PRESETS
 from sweeps.errors import InputError, SpecError
-from sweeps.spec import Choice, Range, SpecDocument, SweepSpec, TrainSpec, json_schema, load_spec, parse_spec, template
+from sweeps.spec import (
+    CausalLmTask,
+    Choice,
+    Range,
+    SpecDocument,
+    SweepSpec,
+    TrainSpec,
+    json_schema,
+    load_spec,
+    parse_spec,
+    template,
+)
 from sweeps.yaml_text import read_yaml
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -246,6 +257,8 @@ def test_what_an_optimizer_is_built_with_is_what_is_written_else_its_default(tra
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
+_LM = "type: causal_lm, model: x, data: {train: x}"
+
 _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     # names and shapes
     ({"name": "-x"}, 1, "name", "with a letter or digit first; found '-x'"),
@@ -255,6 +268,41 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"task": "{type: digit}"}, 2, "task.type", "digits; found 'digit'; did you mean 'digits'?"),
     ({"task": "{base_seed: 1}"}, 2, "task.type", "digits; found nothing"),
     ({"task": "{type: digits, seed: 1}"}, 2, "task.seed", "one of type or base_seed; found the unknown key 'seed'"),
+    ({"task": "{type: causal_lm, data: {train: x}}"}, 2, "task.model", "no default; found nothing; such as './model'"),
+    ({"task": "{type: causal_lm, model: x}"}, 2, "task.data", "such as {train: 'train.jsonl'}"),
+    ({"task": f"{{{_LM}, packing: 1}}"}, 2, "task.packing", "true or false; found 1"),
+    ({"task": f"{{{_LM}, lenght: 1}}"}, 2, "task.lenght", "found the unknown key 'lenght'"),
+    ({"task": f"{{{_LM}, attention: flash}}"}, 2, "task.attention", "flash_attention_2 or flex_attention"),
+    ({"task": "{type: causal_lm, model: x, data: {trian: x}}"}, 2, "task.data.trian", "did you mean 'train'?"),
+    (
+        {"task": "{type: causal_lm, model: x, data: {train: x, eval: 1.5}}"},
+        2,
+        "task.data.eval",
+        "a share between 0 and 1, a file or a data set; found 1.5",
+    ),
+    (
+        {"task": "{type: causal_lm, model: x, data: {train: x, eval: 0.1, eval_split: test}}"},
+        2,
+        "task.data.eval_split",
+        "none, for eval holds out a share of train; found 'test'",
+    ),
+    (
+        {"task": "{type: causal_lm, model: x, loss: completion, data: {train: x, format: text}}"},
+        2,
+        "task.loss",
+        "all, for samples of text have no completions; found 'completion'",
+    ),
+    (
+        {"task": "{type: causal_lm, model: x, data: {train: x, columns: {promt: a}}}"},
+        2,
+        "task.data.columns.promt",
+        "one of text, prompt, completion or messages; found promt; did you mean 'prompt'?",
+    ),
+    ({"task": "{type: python}"}, 2, "task.entrypoint", "such as 'my_package.my_module:make_task'"),
+    ({"task": "{type: python, entrypoint: 'os.system'}"}, 2, "task.entrypoint", "package.module:function; found"),
+    ({"task": "{type: python, entrypoint: 'a:b', metrics: {}}"}, 2, "task.metrics", "at least 1 entry"),
+    ({"task": "{type: python, entrypoint: 'a:b', metrics: {x: up}}"}, 2, "task.metrics.x", "minimize or maximize"),
+    ({"task": "{type: python, entrypoint: 'a:b', options: {dtype: 1}}"}, 2, "task.options.dtype", "another name"),
     ({"serch": "{}"}, 5, "serch", "found the unknown key 'serch'; did you mean 'search'?"),
     ({"train": ""}, 5, "train", "keys with values; found nothing; give it keys, or leave it out"),
     # preset
@@ -516,7 +564,28 @@ def _validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-@pytest.mark.parametrize("text", [template(), EXAMPLE.read_text(), _text()], ids=["template", "example", "shortest"])
+_TASKS = ("{type: causal_lm, model: x, data: {train: x, eval: 0.2}}", "{type: python, entrypoint: 'a.b:c', path: src}")
+
+
+def test_paths_start_from_the_specs_directory_and_ids_stay_ids(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    text = _text(task="{type: causal_lm, model: org/x, data: {train: data, eval: more/eval.csv}}")
+    task = parse_spec(text, str(tmp_path / "sweep.yaml")).spec.task
+    assert isinstance(task, CausalLmTask)
+    places = (task.model, task.data.train, task.data.eval)
+    assert places == ("org/x", str(tmp_path / "data"), str(tmp_path / "more" / "eval.csv"))
+    text = _text(task="{type: causal_lm, model: ../x, data: {train: org/data}}")
+    spec = parse_spec(text, str(tmp_path / "sub" / "sweep.yaml")).spec
+    assert isinstance(spec.task, CausalLmTask)
+    assert (spec.task.model, spec.task.data.train) == (str(tmp_path / "x"), "org/data")
+    assert SweepSpec.model_validate(spec.model_dump(mode="json")) == spec  # wherever it is read again
+
+
+@pytest.mark.parametrize(
+    "text",
+    [template(), EXAMPLE.read_text(), _text(), *(_text(task=task) for task in _TASKS)],
+    ids=["template", "example", "shortest", "causal_lm", "python"],
+)
 def test_schema_and_parser_accept_the_same_specs(text: str) -> None:
     _validator().validate(read_yaml(text, "f").value)
     spec = parse_spec(text, "f").spec

@@ -1,0 +1,182 @@
+"""The section `task` of a spec: one model a kind of task. What only the model and the data can tell is `sweeps.tasks`'.
+
+Paths in a section start from the spec's own directory. They are made absolute as the spec is read, because a worker
+has another working directory; a spec that is read again, from the ledger or by a worker, has them so already.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, Strict, ValidationInfo, field_validator, model_validator
+
+from sweeps.spec_faults import ByType, Mistake, Section, did_you_mean, one_of, refusal, refuse
+from sweeps.spec_sections import Count, Flag, Goal, Seed, in_one
+
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of the files that samples are read from."""
+
+_LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
+
+Format = Literal["text", "completion", "messages"]
+
+COLUMNS = ("text", "prompt", "completion", "messages")
+"""What a column of samples can mean."""
+
+
+def in_directory(directory: Path) -> dict[str, Any]:
+    """Returns the validation context in which relative paths start from a directory."""
+    return {"directory": directory.absolute()}
+
+
+def _absolute(name: str, read: ValidationInfo) -> str:
+    """A path made absolute; the id of something elsewhere as it is."""
+    if read.context is None:
+        return name
+    # os.path, for pathlib raises on names too long or unknown users, which are no faults of a kind to die of.
+    path = os.path.normpath(os.path.join(read.context["directory"], os.path.expanduser(name)))
+    # An id is written like a relative path: it is one if it is there, or could be nothing else.
+    is_path = os.path.exists(path) or name.startswith(_LOOKS_LIKE_A_PATH) or name.endswith(DATA_FILES) or name == "."
+    return path if is_path else name
+
+
+_Text = Annotated[str, Field(min_length=1, max_length=1000)]
+_Place = Annotated[_Text, AfterValidator(_absolute)]
+_Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
+
+
+class DigitsTask(Section):
+    """Classifies scikit-learn's 8 x 8 digits with a small frozen network: the demo, seconds on a laptop."""
+
+    metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/accuracy": "maximize"}
+    """What the task reports, and which way is better."""
+    log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
+    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+
+    type: Literal["digits"]
+    """The name of the task."""
+    base_seed: Seed = 0
+    """Seed of the frozen network that the adapters are put on."""
+
+
+class TextData(Section):
+    """Where samples come from, and what they look like."""
+
+    train: _Place = Field(examples=["train.jsonl"])
+    """A JSONL, JSON, CSV, TSV or Parquet file; or a directory or the id of a data set, as Hugging Face datasets loads
+    them."""
+    config: _Text | None = None
+    """Of a data set with several configurations, the one that is meant."""
+    split: _Text = "train"
+    """Split of the data set to train on."""
+    eval: Annotated[_Share | _Place, in_one("a share between 0 and 1, a file or a data set")] | None = None
+    """What is evaluated on: another file or data set, or the share of train that is held out for it. null: eval_split
+    where it is written, else 0.1."""
+    eval_split: _Text | None = None
+    """Split to evaluate on: of eval where that is a data set, else of train."""
+    format: Format | None = None
+    """What a sample is made of: text; completion, a prompt and its completion; or messages, a chat that the tokenizer's
+    template turns into text. null: as the columns say, messages before completion before text."""
+    columns: dict[str, _Text] = Field(default_factory=dict)
+    """Columns that go by other names in the data, such as {prompt: question, completion: answer}."""
+
+    @field_validator("columns")
+    @classmethod
+    def _are_known(cls, columns: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in columns if name not in COLUMNS]
+        if unknown:
+            raise refusal(Mistake((n,), one_of(COLUMNS), n, did_you_mean(n, COLUMNS)) for n in unknown)
+        return columns
+
+    @field_validator("eval_split")
+    @classmethod
+    def _has_a_data_set(cls, eval_split: str | None, read: ValidationInfo) -> str | None:
+        if eval_split is not None and isinstance(read.data.get("eval"), float):
+            raise refuse("none, for eval holds out a share of train", eval_split, "write eval or eval_split")
+        return eval_split
+
+
+class CausalLmTask(Section):
+    """Fine-tunes a causal language model of Hugging Face transformers on text."""
+
+    metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/perplexity": "minimize"}
+    """What the task reports, and which way is better."""
+    log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss", "eval/perplexity"})
+    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+
+    type: Literal["causal_lm"]
+    """The name of the task."""
+    model: _Place = Field(examples=["./model"])
+    """Directory of a model and its tokenizer, or their id on the Hugging Face hub. Weights are read from safetensors,
+    and code that comes with a model is never run."""
+    revision: _Text | None = None
+    """Branch, tag or commit of a model on the hub."""
+    data: TextData = Field(examples=[{"train": "train.jsonl"}])
+    """Where samples come from, and what they look like."""
+    loss: Literal["all", "completion"] = "all"
+    """Which tokens are learned: all of them, or the completions alone (in chats: what the assistant says)."""
+    max_length: Count | None = None
+    """The most tokens of a sample; null: 1024, or what the model has positions for if that is less."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What happens to longer samples."""
+    packing: Flag = False
+    """Put several short samples into one row of max_length tokens, where they do not see each other; batch_size then
+    counts rows. Otherwise a row is a sample, padded to the longest of its batch."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Implementation of attention; auto: what transformers takes."""
+    gradient_checkpointing: Flag = False
+    """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
+
+    @model_validator(mode="after")
+    def _knows_completions(self) -> Self:
+        if self.loss == "completion" and self.data.format == "text":
+            raise refuse("all, for samples of text have no completions", self.loss, path=("loss",))
+        return self
+
+
+_LOSS_ALONE: dict[str, Goal] = {"eval/loss": "minimize"}
+_ENTRYPOINT = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+
+
+class PythonTask(Section):
+    """Trains what a Python function of yours returns; see docs/tasks.md for what that must be."""
+
+    type: Literal["python"]
+    """The name of the task."""
+    entrypoint: str = Field(examples=["my_package.my_module:make_task"])
+    """package.module:function that makes the task."""
+    path: Annotated[_Text, AfterValidator(_absolute)] = Field(".", validate_default=True)
+    """Directory that the module is found in, unless it is installed; from the spec's own directory."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the function is called with, beside cache, device and dtype."""
+    metrics: dict[str, Goal] = Field(_LOSS_ALONE, min_length=1)
+    """What the task reports, and which way is better."""
+    log_metrics: tuple[str, ...] = ("eval/loss",)
+    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+
+    @field_validator("entrypoint")
+    @classmethod
+    def _names_a_function(cls, entrypoint: str) -> str:
+        if not re.fullmatch(_ENTRYPOINT, entrypoint):
+            raise refuse("package.module:function", entrypoint, "such as my_package.my_module:make_task")
+        return entrypoint
+
+    @field_validator("options")
+    @classmethod
+    def _are_not_ours(cls, options: dict[str, Any]) -> dict[str, Any]:
+        mistakes = [
+            Mistake((name,), "another name", name, "lora-sweeps passes it")
+            for name in ("cache", "device", "dtype")
+            if name in options
+        ]
+        if mistakes:
+            raise refusal(mistakes)
+        return options
+
+
+Task = Annotated[CausalLmTask | PythonTask | DigitsTask, ByType()]
+"""Another task is one more model here."""

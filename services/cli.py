@@ -14,6 +14,7 @@ import click
 
 from lora_core import __version__
 from services.certifying import certify
+from services.exporting import export
 from services.translating import translate
 from sweeps.errors import InputError, SpecError, SweepNotFoundError
 
@@ -178,35 +179,10 @@ def best(sweep: str, as_json: bool) -> None:
         print_best(record)
 
 
-@cli.command()
-@_SWEEP
-@click.option("--format", "form", required=True, help="The trainer's config format: peft.")
-@click.option("--output", type=click.Path(path_type=Path), help="Directory to write to (default: SWEEP-FORMAT).")
-@_AS_JSON
-def export(sweep: str, form: str, output: Path | None, as_json: bool) -> None:
-    """Write the best point in a trainer's config format, in the gauge of its default init."""
-    from sweeps.export import FORMATS
-    from sweeps.export.point import ExportPoint
-
-    if form not in FORMATS:
-        raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")
-    record = _record(sweep)
-    if record.best is None:
-        raise InputError(f"an export needs a finished trial; {record.id} is {record.state} and has none")
-    directory = output or Path(f"{record.id}-{form}")
-    try:
-        written = FORMATS[form](ExportPoint.of(record, record.best), directory)
-    except OSError as error:
-        raise InputError(
-            f"--output must be a directory that can be written; {directory} cannot: {error.strerror}"
-        ) from None
-    if as_json:
-        _print_json({"sweep": record.id, "format": form, "files": [str(path) for path in written]})
-    else:
-        click.echo("\n".join(map(str, written)))
-
-
 cli.add_command(certify)
+
+
+cli.add_command(export)
 
 
 cli.add_command(translate)

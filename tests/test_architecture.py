@@ -26,6 +26,7 @@ ONLY_IN = {
         "services/certifying.py",
         "services/cli.py",
         "services/discovering.py",
+        "services/exporting.py",
         "services/output.py",
         "services/translating.py",
     },

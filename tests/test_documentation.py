@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sweeps.export import FORMATS
 from sweeps.spec import load_spec, parse_spec
+from tests.documents import script
 from tests.support import ROOT, environment, run_cli
 
 README = (ROOT / "README.md").read_text()
@@ -97,6 +99,13 @@ def test_the_spec_page_is_made_from_the_schema():
     module = importlib.util.module_from_spec(location)
     location.loader.exec_module(module)
     assert module.PATH.read_text() == module.document(), "docs/spec.md is out of date: make docs"
+
+
+def test_what_the_export_page_shows_is_what_the_exporters_write():
+    module = script("make_export")
+    page = module.PATH.read_text()
+    assert page == module.document(page), "docs/export.md is out of date: python docs/make_export.py"
+    assert set(module.SHOWN) == set(FORMATS)
 
 
 def test_links_between_documents_lead_somewhere():

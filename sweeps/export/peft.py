@@ -5,25 +5,29 @@ Keys: PEFT 0.21, `LoraConfig`; transformers 5, `TrainingArguments`, for the name
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.checkpoint import write_atomically
+from sweeps.export.hugging_face import scheduler
+from sweeps.export.parts import Exported, json_text, leftovers_of, save
 from sweeps.export.point import ExportPoint
 
 _SETTINGS = {"eps": "adam_epsilon"}
-_INIT = {"kaiming_uniform": True, "gaussian": "gaussian"}
+INIT = {"kaiming_uniform": True, "gaussian": "gaussian"}
+"""PEFT's names of the inits."""
 
 
-def write(point: ExportPoint, directory: Path) -> list[Path]:
-    """Writes the two files and returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {"adapter_config.json": adapter_config(point), "training.json": training(point)}
-    for name, content in files.items():
-        write_atomically(directory / name, (json.dumps(content, indent=2) + "\n").encode())
-    return [directory / name for name in files]
+def write(point: ExportPoint, directory: Path) -> Exported:
+    """Writes the two files."""
+    left = leftovers_of(point, "PEFT")
+    said = training(point) | {"leftovers": {each.name: each.text for each in left}}
+    return save(
+        point,
+        directory,
+        {"adapter_config.json": json_text(adapter_config(point)), "training.json": json_text(said)},
+        left,
+    )
 
 
 def adapter_config(point: ExportPoint) -> dict[str, Any]:
@@ -32,9 +36,9 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "r": point.point.rank,
-        "lora_alpha": _whole(point.alpha),
+        "lora_alpha": whole(point.alpha),
         "use_rslora": point.spec.lora.rslora,
-        "init_lora_weights": _INIT[point.spec.lora.init],
+        "init_lora_weights": INIT[point.spec.lora.init],
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "lora_dropout": point.spec.lora.dropout,
         "use_dora": point.spec.lora.dora,
@@ -58,7 +62,7 @@ def training(point: ExportPoint) -> dict[str, Any]:
         **separate,
         **({"learning_rate_magnitude": train.magnitude_lr} if point.spec.lora.dora else {}),
         "max_grad_norm": point.point.clip_norm or 0.0,
-        "lr_scheduler_type": train.schedule,
+        "lr_scheduler_type": scheduler(point),
         "warmup_steps": train.warmup_steps,
         "max_steps": train.steps,
         "per_device_train_batch_size": train.batch_size,
@@ -77,5 +81,6 @@ def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return named if beta1 is None else {"adam_beta1": beta1, "adam_beta2": beta2} | named
 
 
-def _whole(alpha: float) -> float | int:
+def whole(alpha: float) -> float | int:
+    """alpha as people write it: 16 and not 16.0."""
     return int(alpha) if alpha.is_integer() else alpha

@@ -1,0 +1,60 @@
+"""transformers' Trainer: `training_args.yaml` for `HfArgumentParser`, and PEFT's `adapter_config.json`.
+
+Keys: transformers 5.23, `TrainingArguments`; PEFT 0.21, `LoraConfig` and `create_loraplus_optimizer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sweeps.export.hugging_face import loraplus_keys, optimizer_leftovers, training_arguments
+from sweeps.export.parts import Exported, Leftover, json_text, leftovers_of, save, yaml_text
+from sweeps.export.peft import adapter_config
+from sweeps.export.point import ExportPoint
+
+_NAME = "transformers' Trainer"
+_USAGE = (
+    "HfArgumentParser(TrainingArguments).parse_yaml_file(...) reads this; get_peft_model(model, "
+    "LoraConfig.from_pretrained(...)) the adapter_config.json beside it."
+)
+_USAGE_LORAPLUS = (
+    "Trainer(optimizers=(create_loraplus_optimizer(model, OPTIMIZER_CLASS, **ARGUMENTS), None)) with the class and the "
+    "arguments below; create_loraplus_optimizer is in peft.optimizers."
+)
+
+
+def write(point: ExportPoint, directory: Path) -> Exported:
+    """Writes the files; with LoRA+ `loraplus.yaml` too, for the Trainer has no key for it.
+
+    Raises:
+        InputError: the Trainer cannot do the run.
+    """
+    left = leftovers_of(point, _NAME) + optimizer_leftovers(point, _NAME)
+    extra = _loraplus(point)
+    if extra:
+        text = "the Trainer has no key for lr of B: pass it the optimizer of loraplus.yaml, or B trains with lr of A"
+        left.append(Leftover("lr_ratio", point.lr_ratio, True, text))
+    arguments = training_arguments(point, _NAME, loraplus=True)
+    texts = {
+        "adapter_config.json": json_text(adapter_config(point)),
+        "training_args.yaml": yaml_text(point, _NAME, _USAGE, arguments, left),
+    }
+    if extra:
+        texts["loraplus.yaml"] = yaml_text(point, _NAME, _USAGE_LORAPLUS, extra, left)
+    return save(point, directory, texts, left)
+
+
+def _loraplus(point: ExportPoint) -> dict[str, Any]:
+    keys = loraplus_keys(point)
+    if not keys:
+        return {}
+    constants = {name: value for name, value in point.point.a.constants.items() if name != "initial_accumulator_value"}
+    arguments = {
+        "lr": point.point.a.lr,
+        **keys,
+        "loraplus_weight_decay": point.point.a.weight_decay,
+        **point.spec.train.settings,
+        **constants,
+    }
+    return {"optimizer_class": f"torch.optim.{point.law.kind}", "arguments": arguments}

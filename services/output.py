@@ -201,7 +201,9 @@ def _outcome_lines(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
     if outcome.report is not None:
         yield "report", [_short(outcome.report / "report.html")]
         if record.best:
-            yield "export", [f"{_short(outcome.report / 'export' / form)} ({form})" for form in FORMATS]
+            exports = outcome.report / "export"
+            written = [form for form in FORMATS if not (exports / form / "refused.txt").exists()]
+            yield "export", [f"{_short(exports)} ({', '.join(written)})"]
     yield "MLflow", _mlflow_lines(record)
 
 

@@ -64,12 +64,27 @@ def make_model(directory: Path, *, chat_template: str | None = None, seed: int =
     return directory
 
 
+def make_gpt2(directory: Path) -> Path:
+    """Writes a GPT-2-shaped model, whose linear layers are Conv1D, and its tokenizer."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(directory)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def lm_document(model: Path | str, data: str, task: str = "", **train: Any) -> SpecDocument:
+def lm_document(
+    model: Path | str, data: str, task: str = "", *, targets: str = "[q_proj, v_proj, down_proj]", **train: Any
+) -> SpecDocument:
     """A spec over a model: `data` and `task` are the insides of their braces, lines 3 and 4 of its text."""
     settings = {"steps": 6, "batch_size": 4, "schedule": "constant", **train}
     body = ", ".join(f"{key}: {value}" for key, value in settings.items())
@@ -78,7 +93,7 @@ name: lm
 task:
   {{type: causal_lm, model: "{model}", {task + ", " if task else ""}
   data: {{{data}}}}}
-lora: {{target_modules: [q_proj, v_proj, down_proj]}}
+lora: {{target_modules: {targets}}}
 parameters: {{rank: {{values: [2, 4]}}, lr: {{min: 1e-4, max: 1e-1}}, init_scale: {{min: 0.25, max: 4}}, alpha: 16}}
 train: {{{body}}}
 search: {{trials: 4, pruner: {{type: none}}}}

@@ -33,7 +33,15 @@ from sweeps.tasks.causal_lm import CausalLmTask
 from sweeps.tasks.tokens import Rows, Tokens
 from sweeps.training import JobRunner
 from tests.support import run_cli
-from tests.sweeps.hf_support import CHAT_TEMPLATE, TEXTS, lm_document, make_model, make_tokenizer, write_jsonl
+from tests.sweeps.hf_support import (
+    CHAT_TEMPLATE,
+    TEXTS,
+    lm_document,
+    make_gpt2,
+    make_model,
+    make_tokenizer,
+    write_jsonl,
+)
 
 PAIRS = [{"prompt": f"What is {i} times {i}?", "completion": f" It is {i * i}."} for i in range(12)]
 CHATS = [
@@ -246,6 +254,17 @@ def test_twins_at_powers_of_four_are_bit_identical(model: Path, pairs: str, run,
     certificate = Certificate.model_validate(run(spec, point, twins=twins).certificate)
     assert [twin.verdict for twin in certificate.twins] == ["bit-identical", "bit-identical"]
     assert certificate.losses[0] != certificate.losses[-1]
+
+
+def test_a_gpt2_shaped_model_is_adapted_on_all_its_linear_layers(texts: str, run, tmp_path: Path):
+    document = lm_document(make_gpt2(tmp_path / "gpt2"), texts, targets="all-linear")
+    fit = preflight(document, Reduction.of(document.spec), tmp_path / "cache")
+    assert {name.rpartition(".")[2] for name in fit.layers} == {"c_attn", "c_proj", "c_fc"}
+    point = Configuration(rank=4, alpha=16.0, lr=0.01, init_scale=2.0)
+    twins = (Reduction.of(document.spec).lift(point, 64.0),)
+    certificate = Certificate.model_validate(run(document.spec, point, twins=twins).certificate)
+    assert [twin.verdict for twin in certificate.twins] == ["bit-identical"]
+    assert set(certificate.update_norms) == set(fit.layers)
 
 
 # -- what is learned ---------------------------------------------------------------------------------------------------

@@ -359,6 +359,29 @@ def test_a_check_says_what_has_changed(file: CertificateFile, task: DigitsTask):
     assert found.changes[2].startswith("model: 000000000000 then, ")
 
 
+def test_a_check_takes_no_statement_on_trust(file: CertificateFile, task: DigitsTask):
+    first, *rest = file.certificates
+    verdict = first.twins[0].model_copy(update={"verdict": "different"})
+    lie = first.model_copy(update={"class_id": "c-lie", "twins": (verdict, *first.twins[1:])})
+    law = file.law.model_copy(update={"statement": "moon"})
+    forged = file.model_copy(update={"certificates": (lie, *rest), "law": law, "threshold": 1e9})
+    said = check(forged, task, nothing).changes
+    assert [each.partition(":")[0] for each in said] == [
+        "law",
+        "threshold",
+        "name of class 1",
+        "verdict on twin 1 of class 1",
+    ]
+    assert said[0].startswith("law: moon then, adamw: the same training run")
+    assert said[3] == f"verdict on twin 1 of class 1: different then, {first.twins[0].verdict} now"
+
+
+def test_a_check_trains_no_larger_packs_than_fit(file: CertificateFile, task: DigitsTask):
+    found = check(file, task, nothing, most_members=1)
+    assert found.rerun.pack == 1
+    assert found.holds
+
+
 def test_a_loss_that_was_never_trained_is_not_reproduced(file: CertificateFile, task: DigitsTask):
     first, *rest = file.certificates
     forged = first.model_copy(update={"losses": (first.losses[0] + 1, *first.losses[1:])})

@@ -244,3 +244,41 @@ def test_the_report_of_a_real_sweep_says_how_lr_moves_or_what_is_missing(finishe
         assert rank.trials <= len(here)
     for form in ("md", "html"):
         assert "How lr moves with rank" in render(report, form)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        ("rprop", "step_sizes 2.5e-07 to 12.5"),
+        ("adagrad", "eps 4e-10, initial_accumulator_value 0"),
+        ("asgd", "lambd 0.0016"),
+        ("sgd", None),
+    ],
+)
+def test_the_best_point_has_every_constant_that_must_move(tmp_path: Path, optimizer: str, said: str | None):
+    text = SMALL_SPEC.replace("optimizer: adamw", f"optimizer: {optimizer}").replace(", warmup_steps: 4", "")
+    configuration = Configuration(rank=2, alpha=16.0, lr=0.01, init_scale=4.0)
+    asked = TrialAsked(trial=0, values={}, configuration=configuration, class_id="c-0")
+    rung = RungReported(trial=0, job=0, step=40, metrics={"eval/loss": 0.5, "eval/accuracy": 0.5})
+    record = record_with(tmp_path, asked, rung, TrialTold(trial=0, state="finished", value=0.5, reason=""), text=text)
+    report = build(record)
+    markdown = render(report, "md")
+    assert report.best is not None
+    assert report.best.default_init.constants.keys() == report.best.constants.keys()
+    own_init = next(line for line in markdown.splitlines() if line.startswith("The same run in a trainer"))
+    assert (said in own_init) if said else ("eps" not in own_init)
+    assert "weight decay" not in own_init
+
+
+def test_a_distance_is_shown_with_what_a_reader_should_know_beside_it(tmp_path: Path):
+    plain = certificate("identical up to rounding")
+    (twin,) = plain.twins
+    chaotic = twin.model_copy(update={"horizon": 2, "max_ratio": 1.5})
+    rescued = twin.model_copy(update={"in_float64": "identical up to rounding", "max_ratio": 7e4})
+    spent = twin.model_copy(update={"compared_steps": 1})
+    made = plain.model_copy(update={"twins": (chaotic, rescued, spent)})
+    assert made.holds
+    markdown = render(build(record_with(tmp_path)).model_copy(update={"certificates": (made,)}), "md")
+    assert "1.5 (judged to step 1 of 2, where rounding takes over)" in markdown
+    assert "(identical up to rounding in float64)" in markdown
+    assert "(compared to step 1 of 2, where the loss leaves all bounds)" in markdown

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_core.gauge import FactorSettings
 from sweeps.export.hugging_face import scheduler
 from sweeps.export.parts import Exported, json_text, leftovers_of, save
 from sweeps.export.point import ExportPoint
 
-_SETTINGS = {"eps": "adam_epsilon"}
+_ADAM = {"adam", "adamw"}
+"""Their settings have names in `TrainingArguments`; other optimizers' have torch.optim's."""
 INIT = {"kaiming_uniform": True, "gaussian": "gaussian"}
 """PEFT's names of the inits."""
 
@@ -48,19 +50,17 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
 
 def training(point: ExportPoint) -> dict[str, Any]:
     """What PEFT's config has no place for: the optimizer and its schedule, in the same gauge."""
-    a, b, train = point.point.a, point.point.b, point.spec.train
-    separate: dict[str, Any] = {"learning_rate_B": b.lr, "weight_decay_B": b.weight_decay} if a != b else {}
-    if a != b:
-        separate |= {f"{_SETTINGS.get(name, name)}_B": value for name, value in b.constants.items()}
+    a, b, magnitude, train = point.point.a, point.point.b, point.point.magnitude, point.spec.train
+    own = _factor(a, train.optimizer)
+    moved = ", ".join(own | ({"max_grad_norm": 0} if point.point.clip_norm else {}))
     return {
-        "note": "Exact in this gauge only: with another alpha, learning_rate, weight_decay and epsilon move too.",
+        "note": f"Exact in this gauge only: with another alpha, {moved} move too.",
         "optimizer": train.optimizer,
-        "learning_rate": a.lr,
-        "weight_decay": a.weight_decay,
-        **_settings(train.settings),
-        **{_SETTINGS.get(name, name): value for name, value in a.constants.items()},
-        **separate,
-        **({"learning_rate_magnitude": train.magnitude_lr} if point.spec.lora.dora else {}),
+        **own,
+        **_settings(train.settings, train.optimizer),
+        **(_factor(b, train.optimizer, "_B") if a != b else {}),
+        # Which no gauge moves, and which stand outside of the clip.
+        **({} if magnitude is None else _factor(magnitude, train.optimizer, "_magnitude")),
         "max_grad_norm": point.point.clip_norm or 0.0,
         "lr_scheduler_type": scheduler(point),
         "warmup_steps": train.warmup_steps,
@@ -74,11 +74,21 @@ def training(point: ExportPoint) -> dict[str, Any]:
     }
 
 
-def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _factor(settings: FactorSettings, optimizer: str, suffix: str = "") -> dict[str, Any]:
+    """What one factor, or the magnitudes, are trained with."""
+    eps = "adam_epsilon" if optimizer in _ADAM else "eps"
+    constants = {eps if name == "eps" else name: value for name, value in settings.constants.items()}
+    named = {"learning_rate": settings.lr, "weight_decay": settings.weight_decay, **constants}
+    return {f"{name}{suffix}": value for name, value in named.items()}
+
+
+def _settings(settings: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
     """The optimizer's own settings, Adam's under the names of `TrainingArguments`."""
+    if optimizer not in _ADAM:
+        return dict(settings)
     named = {name: value for name, value in settings.items() if name != "betas"}
-    beta1, beta2 = settings.get("betas", (None, None))
-    return named if beta1 is None else {"adam_beta1": beta1, "adam_beta2": beta2} | named
+    beta1, beta2 = settings["betas"]
+    return {"adam_beta1": beta1, "adam_beta2": beta2} | named
 
 
 def whole(alpha: float) -> float | int:

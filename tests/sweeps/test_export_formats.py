@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from lora_core.gauge import scaling_of
+from lora_core.laws import LAWS
 from sweeps.errors import InputError
 from sweeps.export import FORMATS
 from tests.sweeps.export_points import ALPHA, point_of, read
@@ -359,3 +360,23 @@ def test_target_modules_that_a_trainer_cannot_take(form: str, targets: Any, word
     spec = point.spec.model_copy(update={"lora": point.spec.lora.model_copy(update={"target_modules": targets})})
     with pytest.raises(InputError, match=words):
         FORMATS[form](replace(point, spec=spec), tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", LAWS)
+def test_peft_is_told_every_number_of_the_optimizer_under_torchs_own_name(optimizer: str, tmp_path: Path):
+    point = point_of(optimizer=optimizer)
+    FORMATS["peft"](point, tmp_path)
+    training = json.loads((tmp_path / "training.json").read_text())
+    adam = {"eps": "adam_epsilon"} if optimizer in ("adam", "adamw") else {}
+    for name, value in point.point.a.constants.items():
+        assert training[adam.get(name, name)] == (list(value) if isinstance(value, tuple) else value)
+        assert adam.get(name, name) in training["note"]
+    assert ("adam_epsilon" in training) == bool(adam)
+
+
+def test_peft_is_told_what_magnitudes_are_trained_with(tmp_path: Path):
+    point = point_of(lora=", dora: true", train=", magnitude_lr: 1e-3", weight_decay=0.1)
+    FORMATS["peft"](point, tmp_path)
+    training = json.loads((tmp_path / "training.json").read_text())
+    assert (training["learning_rate_magnitude"], training["weight_decay_magnitude"]) == (1e-3, 0.0)
+    assert training["adam_epsilon_magnitude"] == 1e-8 != training["adam_epsilon"]

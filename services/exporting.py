@@ -49,6 +49,8 @@ def export(
         raise click.UsageError("--output, --alpha and --default-init go with --format.")
     if alpha is not None and default_init:
         raise click.UsageError("--alpha and --default-init contradict each other: leave one out.")
+    if form is not None:
+        _check_format(form)
     record, home = _find(sweep)
     trial = _trial(record, number)
     printed: dict[str, Any] = {"sweep": record.id, "trial": trial.number}
@@ -68,6 +70,13 @@ def export(
         click.echo(json.dumps(printed | {"files": [str(path) for path in files]}, indent=2))
     else:
         click.echo("\n".join(map(str, files)))
+
+
+def _check_format(form: str) -> None:
+    from sweeps.export import FORMATS
+
+    if form not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")
 
 
 def _find(sweep: str) -> tuple[SweepRecord, Home]:
@@ -99,8 +108,6 @@ def _write_format(record: SweepRecord, trial: TrialRecord, form: str, directory:
     from sweeps.export import FORMATS
     from sweeps.export.point import ExportPoint
 
-    if form not in FORMATS:
-        raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")
     point = ExportPoint.of(record, trial, alpha)
     try:
         return FORMATS[form](point, directory)

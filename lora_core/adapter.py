@@ -11,7 +11,7 @@
 
     name        shape      meaning
     params_KP   [K, P]     every adapter weight of the pack, a row a member: A of all layers, then B of all layers,
-                           then, with DoRA, the magnitudes of all layers
+                           then, with DoRA, the magnitudes of all layers, then the heads (heads.py)
     grads_KP    [K, P]     their gradients, in the same places
     a_KRI       [K, R, I]  view of params_KP: factor A of one layer
     b_KRO       [K, R, O]  view of params_KP: factor B of one layer, transposed, so that [k, :r] is contiguous
@@ -28,8 +28,8 @@ before the adapters are attached.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from lora_core.base import BaseLayer
 from lora_core.dropout import PackDropout
 from lora_core.embedding import BankedEmbedding
+from lora_core.heads import BankedHead, find_heads
 from lora_core.init import Init, Member, initial_a, initial_b
 from lora_core.layer import BankedLayer, BankedLinear
 from lora_core.packable import NotPackableError, RankError, check_members, check_own_weights, check_packable
-from lora_core.targets import NoTargetError, find_targets
+from lora_core.targets import NoTargetError, find_targets, heads_of
 
 __all__ = [
     "BankedEmbedding",
@@ -64,23 +65,28 @@ __all__ = [
 _ALIGNMENT = 32
 
 
-Factor = Literal["lora_A", "lora_B", "magnitude"]
+Factor = Literal["lora_A", "lora_B", "magnitude", "head"]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
     """Where one factor of one layer lies in a member's row of the storage: [R, width] elements from `offset` on, or
-    [1, width] for magnitudes. `embedding` says whether the layer is one."""
+    [1, width] for magnitudes. `embedding` says whether the layer is one. A parameter of a head has a name and a shape
+    of its own."""
 
     layer: str
     factor: Factor
     width: int
     offset: int
     embedding: bool = False
+    parameter: str = ""
+    whole: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
-        """`fc1.lora_A`; for an embedding PEFT's `wte.lora_embedding_A`."""
+        """`fc1.lora_A`; for an embedding PEFT's `wte.lora_embedding_A`; for a head `classifier.dense.weight`."""
+        if self.factor == "head":
+            return f"{self.layer}.{self.parameter}"
         factor = self.factor.replace("lora_", "lora_embedding_") if self.embedding else self.factor
         return f"{self.layer}.{factor}"
 
@@ -89,19 +95,21 @@ class Slot:
         """Whether the factor starts from a draw, and so carries the init scale; the other factor starts at 0."""
         return self.factor == ("lora_B" if self.embedding else "lora_A")
 
-    def rows(self, rank: int) -> int:
-        """How many rows the factor has at a rank: as many as the rank, one for magnitudes."""
-        return 1 if self.factor == "magnitude" else rank
+    def shape(self, rank: int) -> tuple[int, ...]:
+        """[rows, width], with as many rows as the rank, or one for magnitudes; a head's parameter has its own."""
+        if self.factor == "head":
+            return self.whole
+        return (1 if self.factor == "magnitude" else rank), self.width
 
     def of_member(self, row_P: Tensor, rank: int) -> Tensor:
-        """The [rows, width] part that belongs to a member of that rank, as a contiguous view."""
-        rows = self.rows(rank)
-        return row_P[self.offset : self.offset + rows * self.width].view(rows, self.width)
+        """The part that belongs to a member of that rank, as a contiguous view of the slot's shape."""
+        shape = self.shape(rank)
+        return row_P[self.offset : self.offset + math.prod(shape)].view(shape)
 
     def of_pack(self, stack_KP: Tensor, rank: int) -> Tensor:
-        """The [K, rows, width] part, as a view."""
-        rows = self.rows(rank)
-        return stack_KP[:, self.offset : self.offset + rows * self.width].view(-1, rows, self.width)
+        """The part of all members, [K, ...], as a view."""
+        shape = self.shape(rank)
+        return stack_KP[:, self.offset : self.offset + math.prod(shape)].view(-1, *shape)
 
 
 class LoraBank:
@@ -112,25 +120,36 @@ class LoraBank:
         rank: R.
         layers: the adapted layers by name.
         dora: whether the members have magnitudes (all of them or none).
-        slots: where each factor of each layer lies; all of A, then all of B, then all magnitudes.
+        heads: the modules that are trained whole, by name; empty where the members have no settings for them.
+        slots: where each factor of each layer lies; all of A, then all of B, then all magnitudes, then the heads.
         split: where B begins in a row of the storage.
-        magnitudes: where the magnitudes begin; the row's length without DoRA.
+        magnitudes: where the magnitudes begin; or what comes after them, without DoRA.
+        head_start: where the heads begin; the row's length without any.
         params_KP: storage of the weights.
         grads_KP: storage of the gradients.
     """
 
     def __init__(
-        self, members: Sequence[Member], bases: dict[str, BaseLayer], *, dtype: torch.dtype, device: torch.device
+        self,
+        members: Sequence[Member],
+        bases: dict[str, BaseLayer],
+        heads: dict[str, nn.Module],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.members = tuple(members)
         self.rank = max(member.point.rank for member in members)
         self.dora = members[0].point.magnitude is not None
-        self.slots, self.split, self.magnitudes, length = _lay_out(bases, self.rank, dora=self.dora)
+        self.slots, (self.split, self.magnitudes, self.head_start, length) = _lay_out(
+            bases, heads, self.rank, dora=self.dora
+        )
         self.params_KP = torch.zeros(len(members), length, dtype=dtype, device=device)
         self.grads_KP = torch.zeros_like(self.params_KP)
         self._dropout = PackDropout(members)
         self._bases = dict(bases)
         self.layers = {name: self._banked(name, base) for name, base in bases.items()}
+        self.heads = {name: self._banked_head(name, module) for name, module in heads.items()}
         self._undo: list[Callable[[], Any]] = []
 
     @classmethod
@@ -154,19 +173,22 @@ class LoraBank:
             init: base initialisation of A, as PEFT names it; B starts at zero. An embedding has its own (init.py).
             dtype: of the adapters; by default the layers' own, float32 for half-precision layers (PEFT's choice too).
             device: of the adapters; by default the layers' own.
-            heads: modules that are trained whole and so get no adapter, see `find_targets`. They too are frozen here:
-                whoever trains them makes them trainable afterwards.
+            heads: modules that are trained whole and so get no adapter, see `find_targets`. Where the members have
+                settings for them (`Point.head`) each trains a copy of its own, which starts as the model's; else they
+                are frozen like the rest.
 
         Raises:
             NoTargetError: see `find_targets`.
             RankError: a member's rank exceeds a target layer's width.
             NotPackableError: several members, and a model that cannot be packed, see `check_packable`.
-            ValueError: no members, some with DoRA and some without, a dropout that is no probability, target layers
-                on different devices, a row of zeros under DoRA, tied weights, or an embedding that cannot be adapted
-                faithfully (packable.py).
+            ValueError: no members, some with DoRA or a head and some without, a dropout that is no probability, target
+                layers on different devices, a row of zeros under DoRA, tied weights, settings for a head that the
+                model does not have, or an embedding that cannot be adapted faithfully (packable.py).
         """
+        heads = heads_of(model) if heads is None else heads
         bases = find_targets(model, target_modules, heads=heads)
         check_members(members, bases)
+        whole = find_heads(model, heads) if members[0].point.head is not None else {}
         check_own_weights(model, bases)
         if len(members) > 1:
             check_packable(model, bases.keys())
@@ -175,7 +197,7 @@ class LoraBank:
             raise ValueError("a pack needs all target layers on one device; found them on several")
         if dtype is None:
             dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
-        bank = cls(members, bases, dtype=dtype, device=torch.device(device or weights[0].device))
+        bank = cls(members, bases, whole, dtype=dtype, device=torch.device(device or weights[0].device))
         bank._initialise(init)
         bank._install(model)
         return bank
@@ -209,7 +231,8 @@ class LoraBank:
 
     def member_tensors(self, k: int) -> dict[str, nn.Parameter]:
         """Views of member k: `fc1.lora_A` [r, I], `fc1.lora_B` [r, O] and with DoRA `fc1.magnitude` [1, O], or
-        `wte.lora_embedding_A` and `wte.lora_embedding_B`; their `.grad` are views of `grads_KP`."""
+        `wte.lora_embedding_A` and `wte.lora_embedding_B`, and a head's own parameters, such as `classifier.weight`;
+        their `.grad` are views of `grads_KP`."""
         rank = self.members[k].point.rank
         views: dict[str, nn.Parameter] = {}
         for slot in self.slots:
@@ -256,7 +279,7 @@ class LoraBank:
         own layout and dtype."""
         merged, scaling, rank = {}, self.members[k].point.scaling, self.members[k].point.rank
         for name, layer in self.layers.items():
-            slots = [slot for slot in self.slots if slot.layer == name]
+            slots = self._slots_of(name)
             a_RI, b_RO, *rest = (slot.of_member(self.params_KP[k], rank) for slot in slots)
             merged[name] = layer.merged(a_RI, b_RO, rest[0] if rest else None, scaling)
         return merged
@@ -273,9 +296,20 @@ class LoraBank:
             return BankedEmbedding(base, factors, grads, s_K)
         return BankedLinear(base, factors, grads, s_K, partial(self._dropout.mask, name))
 
+    def _banked_head(self, name: str, module: nn.Module) -> BankedHead:
+        slots = self._slots_of(name)
+        values, grads = (
+            {slot.parameter: slot.of_pack(stack_KP, self.rank) for slot in slots}
+            for stack_KP in (self.params_KP, self.grads_KP)
+        )
+        return BankedHead(module, values, grads)
+
+    def _slots_of(self, layer: str) -> list[Slot]:
+        return [slot for slot in self.slots if slot.layer == layer]
+
     def _factors(self, layer: str, stack_KP: Tensor) -> tuple[Tensor, ...]:
         """The [K, R, I] and [K, R, O] parts of a stack that belong to a layer, and its [K, 1, O] part with DoRA."""
-        return tuple(slot.of_pack(stack_KP, self.rank) for slot in self.slots if slot.layer == layer)
+        return tuple(slot.of_pack(stack_KP, self.rank) for slot in self._slots_of(layer))
 
     @torch.no_grad()
     def _initialise(self, init: Init) -> None:
@@ -291,32 +325,46 @@ class LoraBank:
         for layer in self.layers.values():
             if isinstance(layer, BankedLinear) and layer.m_KO is not None:
                 layer.m_KO.copy_(layer.row_norms_KO())
+        for head in self.heads.values():
+            head.reset()
 
     def _install(self, model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._undo.append(partial(parameter.requires_grad_, True))
-        for name, layer in self.layers.items():
+        replacements: dict[str, BankedLayer | BankedHead] = {**self.layers, **self.heads}
+        for name, module in replacements.items():
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
-            setattr(owner, child, layer)
-            self._undo.append(partial(setattr, owner, child, layer.base))
+            setattr(owner, child, module)
+            self._undo.append(partial(setattr, owner, child, module.base))
 
 
-def _lay_out(bases: dict[str, BaseLayer], rank: int, *, dora: bool) -> tuple[tuple[Slot, ...], int, int, int]:
-    """Returns the slots of a row, where B and the magnitudes begin in it, and its length."""
+def _lay_out(
+    bases: dict[str, BaseLayer], heads: dict[str, nn.Module], rank: int, *, dora: bool
+) -> tuple[tuple[Slot, ...], tuple[int, int, int, int]]:
+    """Returns the slots of a row, and where A, B, the magnitudes and the heads end in it."""
     slots: list[Slot] = []
-    starts: list[int] = []
+    ends: list[int] = []
     offset = 0
-    factors: tuple[Factor, ...] = ("lora_A", "lora_B", "magnitude")
-    for factor in factors:
-        starts.append(offset)
-        if factor == "magnitude" and not dora:
-            continue
-        for name, base in bases.items():
-            width = base.in_features if factor == "lora_A" else base.out_features
-            slot = Slot(name, factor, width, offset, base.kind == "embedding")
-            slots.append(slot)
-            offset += math.ceil(slot.rows(rank) * slot.width / _ALIGNMENT) * _ALIGNMENT
-    return tuple(slots), starts[1], starts[2], offset
+    for part in _parts(bases, heads, dora=dora):
+        for slot in part:
+            slots.append(replace(slot, offset=offset))
+            offset += math.ceil(math.prod(slot.shape(rank)) / _ALIGNMENT) * _ALIGNMENT
+        ends.append(offset)
+    end_of_a, end_of_b, end_of_magnitudes, end = ends
+    return tuple(slots), (end_of_a, end_of_b, end_of_magnitudes, end)
+
+
+def _parts(bases: dict[str, BaseLayer], heads: dict[str, nn.Module], *, dora: bool) -> Iterator[list[Slot]]:
+    """The slots of each part of a row, in order; their offsets are still to be found."""
+    embeddings = {name for name, base in bases.items() if base.kind == "embedding"}
+    yield [Slot(name, "lora_A", base.in_features, 0, name in embeddings) for name, base in bases.items()]
+    yield [Slot(name, "lora_B", base.out_features, 0, name in embeddings) for name, base in bases.items()]
+    yield [Slot(name, "magnitude", base.out_features, 0) for name, base in bases.items() if dora]
+    yield [
+        Slot(name, "head", value.numel(), 0, parameter=parameter, whole=tuple(value.shape))
+        for name, module in heads.items()
+        for parameter, value in module.named_parameters()
+    ]

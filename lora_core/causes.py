@@ -198,7 +198,7 @@ def _put_back(names: tuple[str, ...], cured: Callable[[Sequence[str]], bool]) ->
 # -- a point, constant by constant -------------------------------------------------------------------------------------
 
 _LABELS = {"init_scale": "init scale", "clip_norm": "clip norm", "weight_decay": "weight decay"}
-_OWNERS = {"a": "A", "b": "B", "magnitude": "the magnitudes"}
+_OWNERS = {"a": "A", "b": "B", "magnitude": "the magnitudes", "head": "the head"}
 
 
 def _constants(point: Point, law: OptimizerLaw) -> Iterator[tuple[_Place, _Value]]:

@@ -94,6 +94,8 @@ class Point:
         clip_norm: L2 norm over A and B of all layers to which the gradient is clipped; None for no clipping.
         magnitude: constants of DoRA's magnitude vectors, None without DoRA. A magnitude multiplies the whole weight
             and not the product B A, so no gauge moves it: it needs an lr of its own and stays outside the clip.
+        head: constants of what is trained whole beside the adapters, such as a classifier; None without one. No gauge
+            moves it either.
         dropout: probability with which an element of the adapter's input is dropped.
     """
 
@@ -105,6 +107,7 @@ class Point:
     clip_norm: float | None = None
     magnitude: FactorSettings | None = None
     dropout: float = 0.0
+    head: FactorSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)

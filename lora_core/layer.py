@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_core.banked import BankedModule
 from lora_core.base import BaseLayer
 from lora_core.dora import DoraProduct, row_norms_KO, row_squares_O
 from lora_core.dropout import Mask
@@ -71,7 +72,7 @@ class _AdaptedProduct(torch.autograd.Function):
         return g_x_KMI, None, None, None, None, None, None
 
 
-class BankedLayer(nn.Module):
+class BankedLayer(BankedModule):
     """K adapters over one frozen layer.
 
     The leading dimension of its input is K*N, member-major: the N rows of member 0 first.
@@ -109,6 +110,11 @@ class BankedLayer(nn.Module):
         self.register_buffer("s_K11", s_K11, persistent=False)
 
     @property
+    def stored_K(self) -> Tensor:
+        """One of the views."""
+        return self.a_KRI
+
+    @property
     def weight(self) -> Tensor:
         """The base weight, as the base layer has it; some models look at a layer's weight for its dtype."""
         return self._layer.weight
@@ -126,30 +132,6 @@ class BankedLayer(nn.Module):
         if m_1O is not None:
             merged_OI = m_1O.mT / torch.linalg.vector_norm(merged_OI, dim=1, keepdim=True) * merged_OI
         return self._layer.as_OI(merged_OI).to(self.weight.dtype)
-
-    def _members_of(self, x: Tensor) -> int:
-        """K, after checking that the rows of x can be dealt to the members.
-
-        Raises:
-            ValueError: the leading dimension is not a multiple of K.
-        """
-        members = self.a_KRI.shape[0]
-        if x.shape[0] % members:
-            raise ValueError(
-                f"a pack of {members} needs a batch of {members} times the same rows; found {x.shape[0]} rows"
-            )
-        return members
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BankedLayer:
-        # .to(device), .half() and the like give parameters a storage of their own: training would go on in the old one,
-        # and the model would silently never learn.
-        before = self.a_KRI.data_ptr()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.a_KRI.data_ptr() != before:
-            raise RuntimeError(
-                "adapters must be attached after the model is on its device and in its dtype: detach first"
-            )
-        return self
 
 
 class BankedLinear(BankedLayer):
@@ -194,8 +176,7 @@ class BankedLinear(BankedLayer):
             ValueError: the leading dimension is not a multiple of K.
         """
         members = self._members_of(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = self._computes_in(x)
         bias = self.bias
         x_KMI = x.to(dtype).reshape(members, -1, x.shape[-1])
         arguments = (

@@ -7,8 +7,8 @@
     I, O    a layer's input and output width
 
 An optimizer that works element by element need not know where one layer ends and the next begins: each member's row
-goes to torch.optim as one tensor, its padding with gradient 0, or as several, where A, B and DoRA's magnitudes have
-settings of their own. One that works on whole matrices (Muon) gets each layer's A [R, I] and B [O, R], as a stock
+goes to torch.optim as one tensor, its padding with gradient 0, or as several, where A, B, DoRA's magnitudes and heads
+have settings of their own. One that works on whole matrices (Muon) gets each layer's A [R, I] and B [O, R], as a stock
 trainer would give them. Each tensor has a parameter group of its own.
 
 The clip is min(1, clip / norm) with nothing added to the norm: torch.nn.utils adds 1e-6, an absolute constant that no
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -146,8 +146,7 @@ class _Part:
         """The part of a tensor of the parameter's shape that belongs to a slot, [r, width], as a view."""
         if self.start is None:
             return like_param.mT if slot.factor == "lora_B" else like_param
-        counted_from_start = Slot(slot.layer, slot.factor, slot.width, slot.offset - self.start)
-        return counted_from_start.of_member(like_param, rank)
+        return replace(slot, offset=slot.offset - self.start).of_member(like_param, rank)
 
 
 class PackOptimizer:
@@ -192,8 +191,8 @@ class PackOptimizer:
     def clip(self) -> Tensor:
         """Clips each member's gradient to its own norm and returns the norms before that, [K], on the bank's device.
 
-        The norm is over A and B of all layers, and not over DoRA's magnitudes, whose gradients no gauge moves. A norm
-        of zero is left alone.
+        The norm is over A and B of all layers, and not over DoRA's magnitudes or heads, whose gradients no gauge moves.
+        A norm of zero is left alone.
         """
         grads_KP = self.bank.grads_KP[:, : self.bank.magnitudes]
         norms_K: Tensor = torch.linalg.vector_norm(grads_KP, dim=1)
@@ -254,19 +253,24 @@ def _views(bank: LoraBank, *, matrices: bool) -> Iterator[_View]:
     """Member, parameter, slots, start and settings of each parameter group.
 
     Raises:
-        ValueError: magnitudes under an optimizer that takes matrices only.
+        ValueError: magnitudes or heads under an optimizer that takes matrices only.
     """
     if matrices and bank.dora:
         raise ValueError(
             "this optimizer takes matrices, and DoRA's magnitudes are vectors; found both: use another one"
+        )
+    if matrices and bank.heads:
+        raise ValueError(
+            f"this optimizer takes matrices, and the head {next(iter(bank.heads))!r} has vectors; found both: use "
+            "another one"
         )
     for k, member in enumerate(bank.members):
         yield from _matrices(bank, k) if matrices else _stretches(bank, k, member.point)
 
 
 def _stretches(bank: LoraBank, k: int, point: Point) -> Iterator[_View]:
-    """A and B together where their settings are the same, else apart; magnitudes always apart."""
-    ends = (0, bank.split, bank.magnitudes, bank.params_KP.shape[1])
+    """A and B together where their settings are the same, else apart; magnitudes and heads always apart."""
+    ends = (0, bank.split, bank.magnitudes, bank.head_start, bank.params_KP.shape[1])
     stretches: list[tuple[int, int, tuple[str, ...], FactorSettings]]
     if point.a == point.b:
         stretches = [(ends[0], ends[2], ("lora_A", "lora_B"), point.a)]
@@ -274,6 +278,8 @@ def _stretches(bank: LoraBank, k: int, point: Point) -> Iterator[_View]:
         stretches = [(ends[0], ends[1], ("lora_A",), point.a), (ends[1], ends[2], ("lora_B",), point.b)]
     if point.magnitude is not None:
         stretches.append((ends[2], ends[3], ("magnitude",), point.magnitude))
+    if point.head is not None:
+        stretches.append((ends[3], ends[4], ("head",), point.head))
     for start, stop, factors, settings in stretches:
         slots = tuple(slot for slot in bank.slots if slot.factor in factors)
         yield k, _parameter(bank.params_KP[k, start:stop], bank.grads_KP[k, start:stop]), slots, start, settings

@@ -71,8 +71,8 @@ def check_members(members: Sequence[Member], bases: Mapping[str, BaseLayer]) -> 
 
     Raises:
         RankError: a member's rank exceeds a layer's width.
-        ValueError: no members, some with DoRA and some without, a row of zeros under DoRA, or an embedding under what
-            has no meaning for it.
+        ValueError: no members, some with DoRA or a head and some without, a row of zeros under DoRA, or an embedding
+            under what has no meaning for it.
     """
     if not members:
         raise ValueError("a pack needs at least one member; found none")
@@ -91,6 +91,8 @@ def check_members(members: Sequence[Member], bases: Mapping[str, BaseLayer]) -> 
             f"a pack's members must have DoRA all or none; found members {having} with it and {lacking} without: "
             "train them in a pack each"
         )
+    if len({member.point.head is None for member in members}) > 1:
+        raise ValueError("a pack's members must train a head all or none; found both: train them in a pack each")
     embeddings = [name for name, base in bases.items() if base.kind == "embedding"]
     if embeddings:
         _check_embeddings(members, embeddings)

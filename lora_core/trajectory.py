@@ -163,7 +163,7 @@ class Comparison:
 def control_of(member: Member, seed: int, *, eps: float = FLOAT32_EPS, arithmetic: torch.dtype | None = None) -> Member:
     """Returns a member's control run: its initial A and its constants moved by one unit in the last place.
 
-    Constants that a gauge moves are moved too (so not those of DoRA's magnitudes), because a gauge rounds them anew,
+    Constants that a gauge moves are moved too (so not those of magnitudes or a head), because a gauge rounds them anew,
     each in one direction for the whole run. That adds up along the weights as the rounding of single elements of A does
     not.
 

@@ -84,9 +84,11 @@ class Pack:
         *,
         dtype: torch.dtype = torch.float32,
         schedule: Schedule | None = None,
+        model: nn.Module | None = None,
+        heads: Sequence[str] = (),
     ) -> None:
-        self.model = Mlp(dtype)
-        self.bank = LoraBank.attach(self.model, TARGETS, members)
+        self.model = Mlp(dtype) if model is None else model
+        self.bank = LoraBank.attach(self.model, TARGETS, members, heads=heads)
         self.optimizer = PackOptimizer(self.bank, config)
         self.losses_K = losses_of(self.model, len(members), dtype)
         self.schedule = schedule or Schedule("cosine", steps=60, warmup_steps=6)

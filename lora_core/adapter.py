@@ -284,6 +284,16 @@ class LoraBank:
             merged[name] = layer.merged(a_RI, b_RO, rest[0] if rest else None, scaling)
         return merged
 
+    def merged_weights(self, k: int) -> dict[str, Tensor]:
+        """Returns what `merge` does under the names of the model's own parameters, and member k's heads, in the base
+        module's dtype."""
+        weights = {f"{name}.weight": weight for name, weight in self.merge(k).items()}
+        for slot in self.slots:
+            if slot.factor == "head":
+                value = slot.of_member(self.params_KP[k], self.rank).clone()
+                weights[slot.key] = value.to(self.heads[slot.layer].base.get_parameter(slot.parameter).dtype)
+        return weights
+
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether a target layer is a Conv1D: PEFT's setting of that name, which its config should have."""

@@ -222,7 +222,8 @@ def _other_factor(place: _Place) -> _Place:
 
 def _quantity(place: _Place, alike: bool) -> str:
     label = _LABELS.get(place[-1], place[-1].replace("_", " "))
-    return label if alike or len(place) == 1 else f"{label} of {_OWNERS[place[0]]}"
+    of_both = len(place) == 1 or (alike and place[0] in ("a", "b"))
+    return label if of_both else f"{label} of {_OWNERS[place[0]]}"
 
 
 def _with(point: Point, place: _Place, value: _Value) -> Point:

@@ -343,7 +343,7 @@ def _remarks(twins: list[TwinVerdict], threshold: float) -> list[str]:
 def _apart(configuration: Configuration) -> str:
     """All digits of a configuration, so that it can be told from one nearby."""
     numbers = {name: value for name, value in asdict(configuration).items() if name not in ("rank", "alpha")}
-    standard = {"lr_ratio": 1.0, "weight_decay": 0.0}
+    standard = {"lr_ratio": 1.0, "weight_decay": 0.0, "head_lr": 0.0}
     return ", ".join(f"{name} {value!r}" for name, value in numbers.items() if value != standard.get(name))
 
 

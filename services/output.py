@@ -271,11 +271,14 @@ def best_lines(record: SweepRecord) -> list[str]:
     default = found.default_init
     ratio = f", lr ratio {found.lr_ratio:.4g}" if found.lr_ratio != 1 else ""
     decay = f", weight decay {found.weight_decay:.4g}" if found.weight_decay else ""
+    head = f", head lr {found.head_lr:.4g}" if found.head_lr else ""
     return [
         f"{measured} (trial {found.trial})",
-        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}{ratio}{decay}",
+        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}{ratio}{decay}"
+        + head,
         f"with default init the same run is alpha {default.alpha:.4g}, lr {default.lr:.4g}{ratio}"
-        + (f", weight decay {default.weight_decay:.4g}" if found.weight_decay else ""),
+        + (f", weight decay {default.weight_decay:.4g}" if found.weight_decay else "")
+        + head,
     ]
 
 

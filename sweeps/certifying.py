@@ -27,7 +27,7 @@ from functools import cache
 
 import torch
 
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
 from lora_core.causes import find_cause, misplaced
 from lora_core.gauge import Point
 from lora_core.optimizers import PackOptimizer
@@ -41,7 +41,7 @@ from lora_core.trajectory import (
     record_trajectories,
 )
 from sweeps.collapse import CONTROLS, Certificate, TwinVerdict
-from sweeps.recipe import optimizer_of, steps_of
+from sweeps.recipe import bank_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
@@ -242,8 +242,7 @@ class _Bench:
         return self._train(members)
 
     def _train(self, members: Sequence[Member]) -> list[Trajectory]:
-        lora = self._spec.lora
-        with LoraBank.attach(self._task.model, lora.target_modules, members, init=lora.init) as bank:
+        with bank_of(self._spec, self._task, members) as bank:
             optimizer = PackOptimizer(bank, optimizer_of(self._spec))
             records = steps_of(self._spec, self._task, optimizer, start=0, stop=self._steps)
             self._layers = tuple(bank.layers)

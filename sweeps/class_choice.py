@@ -28,6 +28,7 @@ _LEAST, _MOST = 1e-30, 1e30
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", re.ASCII)
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
+_MAY_BE_ZERO = ("weight_decay", "head_lr")
 
 _TWINS_OF_ONE_ALPHA = (0.25, 4.0)
 """Where a spec has one alpha only, its twins are at these multiples of it: exact in binary."""
@@ -100,7 +101,8 @@ def _is_trainable(reduction: Reduction, representative: Configuration, member: C
     except (ValueError, ArithmeticError):
         return False
     positive = (member.alpha, member.lr, member.init_scale, member.lr_ratio, point.scaling, point.b.lr)
-    return all(_LEAST <= number <= _MOST for number in positive) and 0 <= member.weight_decay <= _MOST
+    not_negative = (member.weight_decay, member.head_lr)
+    return all(_LEAST <= x <= _MOST for x in positive) and all(0 <= x <= _MOST for x in not_negative)
 
 
 def _out_of_range(member: Configuration) -> InputError:
@@ -129,6 +131,11 @@ def read_configuration(reduction: Reduction, text: str) -> Configuration:
     if values["weight_decay"] and reduction.law.decay is None:
         found = f"{values['weight_decay']:g} in {text!r}"
         raise InputError(f"weight_decay must be 0, for {reduction.law.name} has no weight decay; found {found}")
+    if bool(values["head_lr"]) != reduction.space.trains_head:
+        required = (
+            "above 0, for this task trains a head" if reduction.space.trains_head else "0, for no head is trained"
+        )
+        raise InputError(f"head_lr must be {required}; found {values['head_lr']:g} in {text!r}")
     return Configuration(rank=int(values.pop("rank")), **values)
 
 
@@ -137,10 +144,10 @@ def _number(name: str, text: str, whole: str) -> float:
     accepted = _NUMBER
     if name == "rank":
         required, accepted = "a whole number above 0", _WHOLE_NUMBER
-    elif name == "weight_decay":
+    elif name in _MAY_BE_ZERO:
         required = "a number of at least 0"
     value = float(text) if accepted.fullmatch(text) else math.nan
-    if not (0 < value < math.inf or (value == 0 and name == "weight_decay")):
+    if not (0 < value < math.inf or (value == 0 and name in _MAY_BE_ZERO)):
         raise InputError(f"{name} must be {required}; found {text!r} in {whole!r}")
     return value
 

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
 from lora_core.checkpoint import CheckpointError, MemberState, export_peft_adapter, load_member, write_atomically
 from sweeps import report
 from sweeps.errors import InputError
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
 from sweeps.home import Home
+from sweeps.recipe import bank_of
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
@@ -76,11 +77,10 @@ def write_merged(record: SweepRecord, trial: TrialRecord, home: Home, directory:
     spec, state = record.spec, _state(record, trial, home)
     task = load_task(spec, cache=home.cache, device=torch.device("cpu"))
     member = Member(Reduction.of(spec).point(trial.configuration), spec.train.seed)
-    with LoraBank.attach(task.model, spec.lora.target_modules, [member], init=spec.lora.init) as bank:
+    with bank_of(spec, task, [member]) as bank:
         bank.load_adapter(0, state.adapter)
-        weights = bank.merge(0)
-    merged: dict[str, Tensor] = dict(task.model.state_dict())
-    merged |= {f"{layer}.weight": weight for layer, weight in weights.items()}
+        weights = bank.merged_weights(0)
+    merged: dict[str, Tensor] = dict(task.model.state_dict()) | weights
     directory.mkdir(parents=True, exist_ok=True)
     save_pretrained = getattr(task.model, "save_pretrained", None)
     if save_pretrained is not None:

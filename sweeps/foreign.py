@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
 from lora_core.discovery import Discovery, find_law
 from lora_core.foreign import ForeignOptimizer
 from lora_core.gauge import FactorSettings, Point, scaling_of
 from lora_core.optimizers import PackOptimizer
 from lora_core.trajectory import Trajectory, record_trajectories
 from sweeps.errors import InputError
-from sweeps.recipe import steps_of
+from sweeps.recipe import bank_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
@@ -73,11 +73,12 @@ def find_law_of(
         b,
         clip_norm=spec.train.clip_norm,
         dropout=spec.lora.dropout,
+        head=FactorSettings(configuration.head_lr) if configuration.head_lr else None,
     )
 
     def run(point: Point, steps: int) -> Trajectory:
         lone = Member(point, spec.train.seed)
-        with LoraBank.attach(task.model, spec.lora.target_modules, [lone], init=spec.lora.init) as bank:
+        with bank_of(spec, task, [lone]) as bank:
             return record_trajectories(bank, steps_of(spec, task, PackOptimizer(bank, kind), start=0, stop=steps))[0]
 
     try:
@@ -90,7 +91,7 @@ def middle_of(reduction: Reduction) -> Configuration:
     """A configuration in the middle of the space, at the reference alpha."""
     space = reduction.space
     rank = space.ranks[(len(space.ranks) - 1) // 2]
-    middles = {name: reduction.middle(name) for name in ("lr", "init_scale", "lr_ratio")}
+    middles = {name: reduction.middle(name) for name in ("lr", "init_scale", "lr_ratio", "head_lr")}
     return Configuration(rank, reduction.reference.at(rank), **middles)
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from lora_core import cost
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
 from lora_core.base import layer_widths
+from lora_core.heads import find_heads
 from lora_core.optimizers import PackOptimizer
 from lora_core.targets import NoTargetError, find_targets
 from sweeps.errors import SpecError, TaskError
-from sweeps.recipe import optimizer_of, steps_of
+from sweeps.recipe import bank_of, heads_of_task, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration, SearchSpace
 from sweeps.spec import SpecDocument, SweepSpec
@@ -58,10 +59,11 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Pref
     except TaskError as error:
         raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
     try:
-        targets = find_targets(task.model, spec.lora.target_modules)
+        targets = find_targets(task.model, spec.lora.target_modules, heads=heads_of_task(task))
     except NoTargetError as error:
         required = "names of linear layers of the model"
         raise document.error("lora.target_modules", required, _found(spec), str(error)) from None
+    check_head(document, task)
     layers = {name: (layer.in_features, layer.out_features) for name, layer in targets.items()}
     faults = []
     narrowest = min(layers, key=lambda name: min(layers[name]))
@@ -77,6 +79,25 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Pref
     return Preflight(task, layers, workers=local_workers(spec))
 
 
+def check_head(document: SpecDocument, task: Task) -> None:
+    """Checks that a head has a learning rate, and that a learning rate has a head.
+
+    Raises:
+        SpecError: one is there without the other.
+    """
+    wanted = SearchSpace.of(document.spec).trains_head
+    said = getattr(task, "heads", ())
+    if said and not wanted:
+        required = f"a learning rate for {', '.join(said)}, which this task trains whole"
+        raise document.error("parameters.head_lr", required, "none", "such as {min: 1e-4, max: 1e-2}")
+    if not wanted:
+        return
+    try:
+        find_heads(task.model, heads_of_task(task))
+    except ValueError as error:
+        raise document.error("parameters.head_lr", "a task with a head", str(error), "or leave head_lr out") from None
+
+
 def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
     """Loads the tasks of specs as `preflight` does: on the CPU."""
     return lambda spec: load_task(spec, cache=cache, device=torch.device("cpu"))
@@ -85,9 +106,10 @@ def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
 def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, pack: int) -> float:
     """Measures a full pack's step on this machine, one thread, and shares it out among its members, in seconds."""
     rank = max(reduction.space.ranks)
-    configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR)
+    head_lr = _TIMED_LR if reduction.space.trains_head else 0.0
+    configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR, head_lr=head_lr)
     members = [Member(reduction.point(configuration), spec.train.seed)] * pack
-    with one_thread(), LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
+    with one_thread(), bank_of(spec, task, members) as bank:
         optimizer = PackOptimizer(bank, optimizer_of(spec))
         stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
         ticks = [time.perf_counter()]
@@ -126,7 +148,7 @@ def _found(spec: SweepSpec) -> str:
 
 def most_members(spec: SweepSpec, fit: Preflight) -> int:
     """The largest pack that a worker's share of this machine's memory holds, at least 1."""
-    targets = find_targets(fit.task.model, spec.lora.target_modules)
+    targets = find_targets(fit.task.model, spec.lora.target_modules, heads=heads_of_task(fit.task))
     lookups = {name for name, target in targets.items() if target.kind == "embedding"}
     parameters = [*fit.task.model.parameters(), *fit.task.model.buffers()]
     itemsize = getattr(torch, spec.train.dtype).itemsize

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from lora_core.adapter import LoraBank, Member
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
+from lora_core.targets import heads_of
 from lora_core.train import Schedule, StepRecord, batch_indices, train_pack
 from sweeps.spec import SweepSpec
 from sweeps.tasks import Task
+
+
+def bank_of(spec: SweepSpec, task: Task, members: Sequence[Member]) -> LoraBank:
+    """Attaches a pack to a task's model, as the spec says; see `LoraBank.attach`."""
+    heads = heads_of_task(task)
+    return LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init, heads=heads)
+
+
+def heads_of_task(task: Task) -> tuple[str, ...]:
+    """Names of the modules that a task would have trained whole: what it says, else what PEFT takes for its model."""
+    said: Sequence[str] | None = getattr(task, "heads", None)
+    return heads_of(task.model) if said is None else tuple(said)
 
 
 def steps_of(spec: SweepSpec, task: Task, optimizer: PackOptimizer, *, start: int, stop: int) -> Iterator[StepRecord]:

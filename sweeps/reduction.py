@@ -38,7 +38,7 @@ from lora_core.gauge import (
 )
 from lora_core.laws import Constant, OptimizerLaw, law_of
 from sweeps.errors import InputError
-from sweeps.space import Configuration, SearchSpace, alpha_rule, values_of
+from sweeps.space import DIMENSIONS, Configuration, SearchSpace, alpha_rule, values_of
 from sweeps.spec import Choice, Range, SweepSpec
 
 Key = tuple[str, ...]
@@ -52,7 +52,7 @@ class ConfigurationClass:
     """All configurations of a finite space that are one training run.
 
     Attributes:
-        key: rank and invariants as text, the same for every member.
+        key: rank and invariants as text, the same for every member; empty text for what there is not.
         members: indices of its configurations in the search space.
         reduction: the reduction it is part of.
     """
@@ -177,6 +177,8 @@ class Reduction:
             init_scale=configuration.init_scale,
             a=replace(moved.a, lr=configuration.lr),
             b=replace(moved.b, lr=configuration.lr * configuration.lr_ratio),
+            # With the constants as they are stated: no gauge moves them.
+            head=FactorSettings(configuration.head_lr, constants=self.constants) if configuration.head_lr else None,
         )
 
     def canonical(self, configuration: Configuration) -> Configuration:
@@ -265,13 +267,14 @@ class Reduction:
         rules = (self.reference, *self.space.alpha_rules)
         rank, alpha = configuration.rank, configuration.alpha
         rule = next((rule for rule in rules if rule.at(rank) == alpha), None) or AlphaRule.parse(alpha)
-        others = (configuration.lr, configuration.init_scale, configuration.lr_ratio, configuration.weight_decay)
-        (key,) = self._keys_at(rank, rule, tuple((value,) for value in others))
+        others = tuple((getattr(configuration, name),) for name in DIMENSIONS[2:])
+        (key,) = self._keys_at(rank, rule, others)
         return self._id_of(key)
 
     def _id_of(self, key: Key) -> str:
         gauge = "two-parameter" if self.two_parameter else "shared"
-        return "c-" + hashlib.sha256(" ".join((self.law.name, gauge, *key)).encode()).hexdigest()[:16]
+        parts = (part for part in (self.law.name, gauge, *key) if part)
+        return "c-" + hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def _keys(self) -> Iterator[Key]:
         """The key of every configuration, in index order."""
@@ -288,9 +291,12 @@ class Reduction:
         s2 = scaling_squared_of(rule, rank, rslora=self.rslora)
         # Constants that travel are stated at the reference: there they have the invariants that they have everywhere.
         stated_s2 = scaling_squared_of(self.reference, rank, rslora=self.rslora) if self.travel else s2
-        lrs, init_scales, ratios, decays = (tuple(exact(value) for value in axis) for axis in others)
+        lrs, init_scales, ratios, decays, head_lrs = (tuple(exact(value) for value in axis) for axis in others)
+        # As they are, for no gauge moves them.
+        heads = [f"head {_text(lr)}" if lr else "" for lr in head_lrs]
         if self.two_parameter:
-            yield from self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2, stated_s2)
+            keys = self._two_parameter_keys(rank, (lrs, init_scales, ratios, decays), s2, stated_s2)
+            yield from ((*key, head) for key in keys for head in heads)
             return
         law = self.law
         stated = [*self._stated, (exact(self.clip_norm or 0), 1)]
@@ -300,6 +306,7 @@ class Reduction:
             [_text(shared_invariant(c, -1, s2)) for c in init_scales],
             [_text(ratio) for ratio in ratios],
             [_text(shared_invariant(wd, law.decay_power, stated_s2)) for wd in decays],
+            heads,
             [" ".join(_text(shared_invariant(value, power, stated_s2)) for value, power in stated)],
         )
 

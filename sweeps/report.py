@@ -87,6 +87,8 @@ class Best(_Part):
     lr_ratio: float
     init_scale: float
     weight_decay: float
+    head_lr: float
+    """Learning rate of what is trained whole beside the adapters, in every gauge; 0 where nothing is."""
     eps: float | None
     clip_norm: float | None
     optimizer: str
@@ -137,6 +139,7 @@ def best_point(record: SweepRecord) -> Best | None:
         lr_ratio=configuration.lr_ratio,
         init_scale=configuration.init_scale,
         weight_decay=point.a.weight_decay,
+        head_lr=configuration.head_lr,
         eps=point.a.eps,
         clip_norm=point.clip_norm,
         optimizer=spec.train.optimizer,
@@ -214,6 +217,7 @@ def _observation(trial: TrialRecord, metric: str, reduction: Reduction) -> Obser
         lr_ratio=trial.configuration.lr_ratio,
         values=finite,
         diverged=trial.state == "diverged" or len(finite) < len(values),
+        head_lr=trial.configuration.head_lr,
     )
 
 
@@ -296,7 +300,8 @@ def _rest_in_words(point: Configuration | Best) -> str:
     """What a point has beside rank, alpha and lr; what is as usual is left out."""
     ratio = f", lr ratio {point.lr_ratio:.4g}" if point.lr_ratio != 1 else ""
     decay = f", weight decay {point.weight_decay:.4g}" if point.weight_decay else ""
-    return f"init scale {point.init_scale:.4g}{ratio}{decay}"
+    head = f", head lr {point.head_lr:.4g}" if point.head_lr else ""
+    return f"init scale {point.init_scale:.4g}{ratio}{decay}{head}"
 
 
 def _error_in_words(error: float | None) -> str:

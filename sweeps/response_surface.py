@@ -60,6 +60,7 @@ class Observation:
         lr, init_scale, lr_ratio: in that gauge.
         values: the metric by step, where it was finite.
         diverged: whether it blew up, at whichever step: its lr is known to be bad, and it has no value.
+        head_lr: of what is trained whole beside the adapters, the same in every gauge; 0 where nothing is.
     """
 
     trial: int
@@ -69,6 +70,7 @@ class Observation:
     lr_ratio: float
     values: Mapping[int, float]
     diverged: bool
+    head_lr: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ def fit_lr(observations: Sequence[Observation], *, sign: int, log_scale: bool, r
     by_rank = {rank: [t for t in observations if t.rank == rank] for rank in sorted({t.rank for t in observations})}
     varied = ["lr"] + [
         name
-        for name in ("init_scale", "lr_ratio")
+        for name in ("init_scale", "lr_ratio", "head_lr")
         if any(_different([getattr(trial, name) for trial in trials]) > 1 for trials in by_rank.values())
     ]
     needed = 2 * len(varied) + 1

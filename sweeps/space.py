@@ -15,7 +15,7 @@ from typing import Any
 from lora_core.gauge import AlphaRule
 from sweeps.spec import Choice, Range, SweepSpec
 
-DIMENSIONS = ("rank", "alpha", "lr", "init_scale", "lr_ratio", "weight_decay")
+DIMENSIONS = ("rank", "alpha", "lr", "init_scale", "lr_ratio", "weight_decay", "head_lr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Configuration:
         init_scale: c, the factor on the standard deviation of A's base initialisation.
         lr_ratio: lr of B / lr of A (LoRA+).
         weight_decay: as stated at the reference alpha (or literally, under `constants: fixed`).
+        head_lr: learning rate of what is trained whole beside the adapters; 0 where there is nothing of that kind.
     """
 
     rank: int
@@ -37,12 +38,13 @@ class Configuration:
     init_scale: float = 1.0
     lr_ratio: float = 1.0
     weight_decay: float = 0.0
+    head_lr: float = 0.0
 
     def label(self) -> str:
         """A short name for people: `r8 lr0.015 init2.8`."""
-        return f"r{self.rank} lr{self.lr:.2g} init{self.init_scale:.2g}" + (
-            f" ratio{self.lr_ratio:.2g}" if self.lr_ratio != 1 else ""
-        )
+        ratio = f" ratio{self.lr_ratio:.2g}" if self.lr_ratio != 1 else ""
+        head = f" head{self.head_lr:.2g}" if self.head_lr else ""
+        return f"r{self.rank} lr{self.lr:.2g} init{self.init_scale:.2g}{ratio}{head}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class SearchSpace:
     init_scale: Choice | Range
     lr_ratio: Choice | Range
     weight_decay: Choice | Range
+    head_lr: Choice | Range
 
     @classmethod
     def of(cls, spec: SweepSpec) -> SearchSpace:
@@ -78,6 +81,11 @@ class SearchSpace:
         return tuple(sorted(int(value) for value in values_of(self.rank) or ()))
 
     @property
+    def trains_head(self) -> bool:
+        """Whether something is trained whole beside the adapters."""
+        return not (isinstance(self.head_lr, Choice) and self.head_lr.values == (0.0,))
+
+    @property
     def alpha_rules(self) -> tuple[AlphaRule, ...]:
         """The values of alpha where they are listed; empty for a range."""
         return tuple(alpha_rule(value) for value in values_of(self.alpha) or ())
@@ -92,8 +100,8 @@ class SearchSpace:
         ranks, rules, others = self.axes()
         for rank, rule in product(ranks, rules):
             alpha = rule.at(rank)
-            for lr, init_scale, lr_ratio, weight_decay in product(*others):
-                yield Configuration(rank, alpha, lr, init_scale, lr_ratio, weight_decay)
+            for values in product(*others):
+                yield Configuration(rank, alpha, *values)
 
     def configuration(self, index: int) -> Configuration:
         """The configuration of a finite space that has this index."""
@@ -103,8 +111,8 @@ class SearchSpace:
             index, digit = divmod(index, len(axis))
             digits.append(digit)
         i_rank, i_alpha, *rest = reversed(digits)
-        lr, init_scale, lr_ratio, weight_decay = (axis[i] for axis, i in zip(others, rest, strict=True))
-        return Configuration(ranks[i_rank], rules[i_alpha].at(ranks[i_rank]), lr, init_scale, lr_ratio, weight_decay)
+        values = (axis[i] for axis, i in zip(others, rest, strict=True))
+        return Configuration(ranks[i_rank], rules[i_alpha].at(ranks[i_rank]), *values)
 
 
 def alpha_rule(value: float | str | AlphaRule) -> AlphaRule:

@@ -132,6 +132,8 @@ class SweepSpec(Section):
         mistakes: list[Mistake] = []
         if "lora" in read.data:
             mistakes += _magnitude_mistakes(train, read.data["lora"])
+        if "parameters" in read.data and "task" in read.data:
+            mistakes += _head_mistakes(train, read.data["parameters"], read.data["task"])
         if "parameters" in read.data and train.law.decay is None:
             decay: Choice | Range = read.data["parameters"].weight_decay
             if isinstance(decay, Range) or any(decay.values):
@@ -192,6 +194,27 @@ def _magnitude_mistakes(train: TrainSpec, lora: LoraSpec) -> list[Mistake]:
     if train.magnitude_lr is None:
         required = "a learning rate, for lora.dora is true and no gauge moves its magnitudes"
         return [Mistake(path, required, "nothing", "such as 0.001")]
+    return []
+
+
+def _head_mistakes(train: TrainSpec, parameters: Parameters, task: Task) -> list[Mistake]:
+    head_lr: Choice | Range = parameters.head_lr
+    path, none = ("parameters", "head_lr"), isinstance(head_lr, Choice) and head_lr.values == (0.0,)
+    if not none and task.trains_head is False:
+        required = f"none, for {task.type} trains no head"
+        return [Mistake(path, required, _as_written(head_lr), "remove it", absolute=True)]
+    if none and task.trains_head:
+        required = "a learning rate for the head, which alpha does not move and which must be its own"
+        return [Mistake(path, required, "none", "such as {min: 1e-4, max: 1e-2}", absolute=True)]
+    if none:
+        return []
+    if isinstance(head_lr, Choice) and 0 in head_lr.values:
+        return [Mistake(path, "learning rates above 0", _as_written(head_lr), absolute=True)]
+    if train.law.matrices:
+        required = f"none, for {train.optimizer} takes matrices only"
+        return [
+            Mistake(path, required, _as_written(head_lr), "a head has vectors: use another optimizer", absolute=True)
+        ]
     return []
 
 

@@ -247,3 +247,6 @@ class Parameters(Section):
         Choice((0.0,))
     )
     """Weight decay of the adapters at the reference alpha."""
+    head_lr: Annotated[Choice | Range, AsWritten(_WrittenChoice[NotNegative], _WrittenRange[Positive])] = Choice((0.0,))
+    """The peak learning rate of what is trained whole beside the adapters, such as a classifier, which alpha does not
+    move; it has no weight decay and stays outside the clip. Required by tasks with a head; 0 where there is none."""

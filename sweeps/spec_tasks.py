@@ -56,6 +56,8 @@ class DigitsTask(Section):
     """What the task reports, and which way is better."""
     log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
     """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+    trains_head: ClassVar[bool | None] = False
+    """Whether the task trains something whole beside the adapters; None: only the task itself can tell."""
 
     type: Literal["digits"]
     """The name of the task."""
@@ -107,6 +109,8 @@ class CausalLmTask(Section):
     """What the task reports, and which way is better."""
     log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss", "eval/perplexity"})
     """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+    trains_head: ClassVar[bool | None] = False
+    """Whether the task trains something whole beside the adapters."""
 
     type: Literal["causal_lm"]
     """The name of the task."""
@@ -144,6 +148,9 @@ _ENTRYPOINT = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
 class PythonTask(Section):
     """Trains what a Python function of yours returns; see docs/tasks.md for what that must be."""
+
+    trains_head: ClassVar[bool | None] = None
+    """Only the task itself can tell."""
 
     type: Literal["python"]
     """The name of the task."""

@@ -53,6 +53,7 @@ def trial_params(configuration: Configuration, optimizer: str) -> dict[str, str]
         "init_scale": configuration.init_scale,
         "lr_ratio": configuration.lr_ratio,
         "weight_decay": configuration.weight_decay,
+        "head_lr": configuration.head_lr or None,
         "optimizer": optimizer,
     }
     return {key: str(value) for key, value in values.items() if value is not None}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
 from lora_core.checkpoint import load_member, save_member
 from lora_core.optimizers import PackOptimizer
 from sweeps.certifying import ClassOrder, certify
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult, MemberOrder, MemberResult
-from sweeps.recipe import optimizer_of, steps_of
+from sweeps.recipe import bank_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
@@ -73,7 +73,7 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
     """
     reduction, checkpoints = Reduction.of(spec), Path(order.checkpoints)
     members = [Member(reduction.point(m.configuration), spec.train.seed) for m in order.members]
-    with LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init) as bank:
+    with bank_of(spec, task, members) as bank:
         optimizer = PackOptimizer(bank, optimizer_of(spec))
         for k, member in enumerate(order.members):
             if member.checkpoint is not None:

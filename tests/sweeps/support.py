@@ -22,8 +22,10 @@ SWEPT = "rank: {values: [2, 4, 8]}, lr: {min: 1e-4, max: 1e-1}, init_scale: {min
 
 
 def make_spec(parameters: str = SWEPT, **sections: str) -> SweepSpec:
-    """A spec of these parameters; a section is written as the inside of its braces: `train="optimizer: sgd"`."""
-    lines = ["name: test", "task: {type: digits}", "lora: {target_modules: [fc1]}"]
+    """A spec of these parameters; a section is written as the inside of its braces: `train="optimizer: sgd"`. Its task
+    is digits, or one that may have a head where there is a learning rate for one."""
+    task = "type: python, entrypoint: some.module:make_task" if "head_lr" in parameters else "type: digits"
+    lines = ["name: test", f"task: {{{task}}}", "lora: {target_modules: [fc1]}"]
     if "lora" in sections:
         lines[2] = f"lora: {{target_modules: [fc1], {sections.pop('lora')}}}"
     lines.append(f"parameters: {{{parameters}}}")

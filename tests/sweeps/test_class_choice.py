@@ -140,7 +140,7 @@ def test_what_a_spec_holds_constant_may_be_left_out():
     [
         ("", r"a configuration is written as rank=8,alpha=16,lr=0.01,init_scale=1.*found '' in ''"),
         ("rank", "found 'rank' in 'rank'"),
-        ("rnk=4", "each of rank, alpha, lr, init_scale, lr_ratio, weight_decay at most once; found 'rnk=4'"),
+        ("rnk=4", "each of rank, alpha, lr, init_scale, lr_ratio, weight_decay, head_lr at most once; found 'rnk=4'"),
         ("rank=4,rank=2", "at most once; found 'rank=2'"),
         ("rank=4,", "found '' in 'rank=4,'"),
         (

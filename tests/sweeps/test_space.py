@@ -5,7 +5,8 @@ from tests.sweeps.support import make_spec
 
 GRID = (
     'rank: {values: [8, 2]}, alpha: {values: [16, "2*rank", sqrt(rank)]}, lr: {values: [0.2, 0.1]}, '
-    "init_scale: {values: [0.5, 1, 2]}, lr_ratio: {values: [1, 4]}, weight_decay: {values: [0, 0.1]}"
+    "init_scale: {values: [0.5, 1, 2]}, lr_ratio: {values: [1, 4]}, weight_decay: {values: [0, 0.1]}, "
+    "head_lr: {values: [0.01, 0.03]}"
 )
 
 
@@ -16,7 +17,7 @@ def make_space(parameters: str) -> SearchSpace:
 def test_every_index_names_the_configuration_that_the_enumeration_has_there():
     space = make_space(GRID)
     listed = list(space.configurations())
-    assert space.size == len(listed) == 2 * 3 * 2 * 3 * 2 * 2
+    assert space.size == len(listed) == 2 * 3 * 2 * 3 * 2 * 2 * 2
     assert [space.configuration(index) for index in range(len(listed))] == listed
 
 
@@ -44,7 +45,13 @@ def test_constants_are_not_searched():
     assert make_space(GRID).searched == DIMENSIONS
 
 
+def test_a_head_is_trained_where_it_has_a_learning_rate():
+    assert make_space(GRID).trains_head
+    assert make_space("rank: 2, lr: 1, head_lr: 0.1").trains_head
+    assert not make_space("rank: 2, lr: 1").trains_head
+
+
 def test_a_label_names_what_tells_trials_apart():
     first, *_, last = make_space(GRID).configurations()
-    assert first.label() == "r2 lr0.2 init0.5"
-    assert last.label() == "r8 lr0.1 init2 ratio4"
+    assert first.label() == "r2 lr0.2 init0.5 head0.01"
+    assert last.label() == "r8 lr0.1 init2 ratio4 head0.03"

@@ -40,7 +40,8 @@ def write(point: ExportPoint, directory: Path) -> Exported:
     arguments = training_arguments(point, _NAME, loraplus=True)
     section = language_model(point)
     if section is not None:
-        arguments["gradient_checkpointing"] = section.gradient_checkpointing
+        # The older name, which all releases know; 5.23 warns that it is one.
+        arguments |= {"gradient_checkpointing": True} if section.gradient_checkpointing else {}
         left += [*data_leftovers(point, _NAME, overlong=("truncate", "drop")), _by_hand(point, section)]
     texts = {
         "adapter_config.json": json_text(adapter_config(point)),

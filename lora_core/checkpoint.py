@@ -185,6 +185,9 @@ _PEFT_PREFIX = "base_model.model."
 _PEFT_MAGNITUDE = "lora_magnitude_vector"
 _BARE = ("lora_embedding_A", "lora_embedding_B")
 """Factors that PEFT keeps as parameters of the layer, so that their names have no `.weight`; nor have magnitudes."""
+_FACTORS = ("lora_A", "lora_B", "magnitude", *_BARE)
+_HEADS = ("classifier", "score")
+"""What PEFT takes for the head of a classifier, whole (`peft.peft_model.PeftModelForSequenceClassification`)."""
 
 _NOT_PLAIN = (
     "alora_invocation_tokens",
@@ -224,6 +227,25 @@ class PeftAdapter:
         return _has_magnitudes(self.tensors)
 
 
+def split_saved_modules(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Tells the tensors of an adapter from those of modules that were trained whole, by their names.
+
+    Returns:
+        The adapter, and PEFT's `modules_to_save`: the state of each other module by its full name. A classifier's head
+        of several layers is one module, as PEFT has it.
+    """
+    adapter: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        *path, last = name.split(".")
+        if last in _FACTORS:
+            adapter[name] = value
+            continue
+        depth = next((depth for depth, part in enumerate(path, start=1) if part in _HEADS), len(path))
+        modules.setdefault(".".join(path[:depth]), {})[".".join([*path[depth:], last])] = value
+    return adapter, modules
+
+
 def export_peft_adapter(
     directory: Path,
     tensors: Mapping[str, Tensor],
@@ -234,6 +256,7 @@ def export_peft_adapter(
     use_rslora: bool,
     dropout: float = 0.0,
     base_model: str | None = None,
+    revision: str | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     saved_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -251,6 +274,7 @@ def export_peft_adapter(
         use_rslora: whether alpha is divided by sqrt(r) instead of r.
         dropout: that it was trained with, for whoever trains it on; it changes no output.
         base_model: name or path that PEFT should load the base model from, if it has one.
+        revision: branch, tag or commit of a base model on the hub.
         task_type: PEFT's: CAUSAL_LM, SEQ_CLS and so on. With SEQ_CLS the classifier's head gets no adapter, whatever
             the target modules match, and PEFT looks for it among the saved modules.
         fan_in_fan_out: whether the layers are Conv1D (`LoraBank.fan_in_fan_out`).
@@ -263,6 +287,7 @@ def export_peft_adapter(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": use_rslora,
@@ -305,7 +330,8 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
     if config.get("peft_type") != "LORA" or beyond:
         found = ", ".join(beyond) or config.get("peft_type")
         raise CheckpointError(
-            f"{directory} must hold LoRA or DoRA of one rank and alpha; found {found} in {_PEFT_CONFIG}"
+            f"{directory} must hold LoRA or DoRA of one rank and alpha, for that is what a member of a pack has; found "
+            f"{found} in {_PEFT_CONFIG}: merge it into its base model with PEFT's merge_and_unload, and adapt that one"
         )
     factors = ("lora_A", "lora_B", "magnitude") if config.get("use_dora") else ("lora_A", "lora_B")
     tensors = dict(_from_peft(directory, name, value, factors) for name, value in weights.items())

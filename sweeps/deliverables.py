@@ -9,11 +9,19 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from lora_core.adapter import LoraBank, Member
-from lora_core.checkpoint import CheckpointError, MemberState, export_peft_adapter, load_member, write_atomically
+from lora_core.checkpoint import (
+    CheckpointError,
+    MemberState,
+    export_peft_adapter,
+    load_member,
+    split_saved_modules,
+    write_atomically,
+)
 from sweeps import report
 from sweeps.errors import InputError
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
+from sweeps.export.task import peft_task
 from sweeps.home import Home
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
@@ -45,19 +53,30 @@ def write_exports(record: SweepRecord, trial: TrialRecord, directory: Path) -> N
 def write_adapter(record: SweepRecord, trial: TrialRecord, home: Home, directory: Path) -> tuple[Path, ...]:
     """Writes the trained adapter as a PEFT folder, in the gauge in which it was trained; returns its files.
 
+    The folder names the task's model, where there is one that PEFT can load, and holds what was trained whole, such as
+    the head of a classifier, as PEFT's `modules_to_save`.
+
     Raises:
         InputError: the trial has left no state.
         OSError: the disk refused.
     """
-    lora = record.spec.lora
+    lora, state = record.spec.lora, _state(record, trial, home)
+    adapter, saved_modules = split_saved_modules(state.adapter)
+    base = peft_task(record.spec.task)
     export_peft_adapter(
         directory,
-        _state(record, trial, home).adapter,
+        adapter,
         rank=trial.configuration.rank,
         alpha=trial.configuration.alpha,
         target_modules=lora.target_modules,
         use_rslora=lora.rslora,
         dropout=lora.dropout,
+        base_model=base.get("base_model_name_or_path"),
+        revision=base.get("revision"),
+        task_type=base.get("task_type"),
+        # States of earlier releases do not say it; then PEFT finds it out and warns that it did.
+        fan_in_fan_out=state.extra.get("fan_in_fan_out") == "true",
+        saved_modules=saved_modules,
     )
     return directory / "adapter_config.json", directory / "adapter_model.safetensors"
 
@@ -73,14 +92,16 @@ def write_merged(record: SweepRecord, trial: TrialRecord, home: Home, directory:
         InputError: the trial has left no state.
         OSError: the disk refused.
     """
-    spec, state = record.spec, _state(record, trial, home)
+    spec = record.spec
+    adapter, saved_modules = split_saved_modules(_state(record, trial, home).adapter)
     task = load_task(spec, cache=home.cache, device=torch.device("cpu"))
     member = Member(Reduction.of(spec).point(trial.configuration), spec.train.seed)
     with LoraBank.attach(task.model, spec.lora.target_modules, [member], init=spec.lora.init) as bank:
-        bank.load_adapter(0, state.adapter)
+        bank.load_adapter(0, adapter)
         weights = bank.merge(0)
     merged: dict[str, Tensor] = dict(task.model.state_dict())
     merged |= {f"{layer}.weight": weight for layer, weight in weights.items()}
+    merged |= {f"{module}.{name}": value for module, own in saved_modules.items() for name, value in own.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_pretrained = getattr(task.model, "save_pretrained", None)
     if save_pretrained is not None:

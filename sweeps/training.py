@@ -95,7 +95,8 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
                     adapter=bank.adapter(k),
                     optimizer=optimizer.state(k),
                     step=order.stop,
-                    extra={"trial": str(member.trial)},
+                    # The kind of layer, which whoever reads the state has no model to ask.
+                    extra={"trial": str(member.trial), "fan_in_fan_out": str(bank.fan_in_fan_out).lower()},
                 )
         ended_s = time.perf_counter()
     results = tuple(

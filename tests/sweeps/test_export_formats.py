@@ -6,6 +6,7 @@ The schemas are in `export_schemas.py`; what is said of a language model's data,
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,25 @@ def test_target_modules_that_a_trainer_cannot_take(form: str, targets: Any, word
     spec = point.spec.model_copy(update={"lora": point.spec.lora.model_copy(update={"target_modules": targets})})
     with pytest.raises(InputError, match=words):
         FORMATS[form](replace(point, spec=spec), tmp_path)
+
+
+@pytest.mark.parametrize("form", ON_TRANSFORMERS)
+def test_dora_is_written_where_its_magnitudes_are_trained_as_the_rest(form: str, tmp_path: Path):
+    FORMATS[form](point_of(lora=", dora: true", train=", magnitude_lr: 0.02", init_scale=1.0), tmp_path)
+    check_schema(form, tmp_path)
+    assert re.search(r'(use_dora"?|peft_use_dora): true', "".join(path.read_text() for path in tmp_path.iterdir()))
+
+
+def test_unsloth_hands_an_expression_on_to_peft(tmp_path: Path):
+    FORMATS["unsloth"](point_of(targets="'.*_proj'"), tmp_path)
+    check_schema("unsloth", tmp_path)
+    assert read("unsloth", tmp_path).targets == ".*_proj"
+
+
+@pytest.mark.parametrize("form", ["peft", "trl", "axolotl", "unsloth", "hf_trainer"])
+def test_every_linear_layer_is_pefts_own_word(form: str, tmp_path: Path):
+    FORMATS[form](point_of(targets="all-linear"), tmp_path)
+    assert read(form, tmp_path).targets in ("all-linear", ["all-linear"])
 
 
 @pytest.mark.parametrize("optimizer", LAWS)

@@ -65,7 +65,9 @@ def point_of(
     """One trial at rank 8, alpha 16, lr 2e-3 and init scale 1.5, and variations of it."""
     text = f"""\
 name: sft
-task: {{type: digits}}
+task:
+  {{type: causal_lm, model: Qwen/Qwen2.5-0.5B, max_length: 512, loss: completion,
+  data: {{train: train.jsonl, format: completion}}}}
 lora: {{target_modules: {targets}{lora}}}
 parameters: {{rank: 8, lr: 2e-3, init_scale: {init_scale}, alpha: 16, lr_ratio: {ratio}, weight_decay: {decay}}}
 train: {{optimizer: {optimizer}, steps: 500, batch_size: 16{train}}}

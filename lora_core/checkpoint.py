@@ -224,6 +224,22 @@ class PeftAdapter:
         return _has_magnitudes(self.tensors)
 
 
+def split_saved_modules(
+    tensors: Mapping[str, Tensor], heads: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Tells the tensors of an adapter from those of its heads (`LoraBank.heads`).
+
+    Returns:
+        The adapter, and PEFT's `modules_to_save`: the state of each head by its full name.
+    """
+    saved = {
+        head: {name.removeprefix(f"{head}."): value for name, value in tensors.items() if name.startswith(f"{head}.")}
+        for head in heads
+    }
+    own = {f"{head}.{name}" for head, state in saved.items() for name in state}
+    return {name: value for name, value in tensors.items() if name not in own}, saved
+
+
 def export_peft_adapter(
     directory: Path,
     tensors: Mapping[str, Tensor],
@@ -234,6 +250,7 @@ def export_peft_adapter(
     use_rslora: bool,
     dropout: float = 0.0,
     base_model: str | None = None,
+    revision: str | None = None,
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     saved_modules: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -251,6 +268,7 @@ def export_peft_adapter(
         use_rslora: whether alpha is divided by sqrt(r) instead of r.
         dropout: that it was trained with, for whoever trains it on; it changes no output.
         base_model: name or path that PEFT should load the base model from, if it has one.
+        revision: branch, tag or commit of a base model on the hub.
         task_type: PEFT's: CAUSAL_LM, SEQ_CLS and so on. With SEQ_CLS the classifier's head gets no adapter, whatever
             the target modules match, and PEFT looks for it among the saved modules.
         fan_in_fan_out: whether the layers are Conv1D (`LoraBank.fan_in_fan_out`).
@@ -263,6 +281,7 @@ def export_peft_adapter(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        "revision": revision,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": use_rslora,
@@ -305,7 +324,8 @@ def import_peft_adapter(directory: Path) -> PeftAdapter:
     if config.get("peft_type") != "LORA" or beyond:
         found = ", ".join(beyond) or config.get("peft_type")
         raise CheckpointError(
-            f"{directory} must hold LoRA or DoRA of one rank and alpha; found {found} in {_PEFT_CONFIG}"
+            f"{directory} must hold LoRA or DoRA of one rank and alpha, for that is what a member of a pack has; found "
+            f"{found} in {_PEFT_CONFIG}: merge it into its base model with PEFT's merge_and_unload, and adapt that one"
         )
     factors = ("lora_A", "lora_B", "magnitude") if config.get("use_dora") else ("lora_A", "lora_B")
     tensors = dict(_from_peft(directory, name, value, factors) for name, value in weights.items())

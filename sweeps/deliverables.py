@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,11 +10,19 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from lora_core.adapter import Member
-from lora_core.checkpoint import CheckpointError, MemberState, export_peft_adapter, load_member, write_atomically
+from lora_core.checkpoint import (
+    CheckpointError,
+    MemberState,
+    export_peft_adapter,
+    load_member,
+    split_saved_modules,
+    write_atomically,
+)
 from sweeps import report
 from sweeps.errors import InputError
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
+from sweeps.export.task import peft_task
 from sweeps.home import Home
 from sweeps.recipe import bank_of
 from sweeps.records import SweepRecord, TrialRecord
@@ -46,19 +55,30 @@ def write_exports(record: SweepRecord, trial: TrialRecord, directory: Path) -> N
 def write_adapter(record: SweepRecord, trial: TrialRecord, home: Home, directory: Path) -> tuple[Path, ...]:
     """Writes the trained adapter as a PEFT folder, in the gauge in which it was trained; returns its files.
 
+    The folder names the task's model, where there is one that PEFT can load, and holds what was trained whole, such as
+    the head of a classifier, as PEFT's `modules_to_save`.
+
     Raises:
         InputError: the trial has left no state.
         OSError: the disk refused.
     """
-    lora = record.spec.lora
+    lora, state = record.spec.lora, _state(record, trial, home)
+    adapter, saved_modules = split_saved_modules(state.adapter, json.loads(state.extra.get("heads", "[]")))
+    base = peft_task(record.spec.task)
     export_peft_adapter(
         directory,
-        _state(record, trial, home).adapter,
+        adapter,
         rank=trial.configuration.rank,
         alpha=trial.configuration.alpha,
         target_modules=lora.target_modules,
         use_rslora=lora.rslora,
         dropout=lora.dropout,
+        base_model=base.get("base_model_name_or_path"),
+        revision=base.get("revision"),
+        task_type=base.get("task_type"),
+        # States of earlier releases do not say it; then PEFT finds it out and warns that it did.
+        fan_in_fan_out=state.extra.get("fan_in_fan_out") == "true",
+        saved_modules=saved_modules,
     )
     return directory / "adapter_config.json", directory / "adapter_model.safetensors"
 

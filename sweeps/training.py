@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import traceback
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapter import Member
+from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import load_member, save_member
 from lora_core.optimizers import PackOptimizer
 from sweeps.certifying import ClassOrder, certify
@@ -95,7 +96,7 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
                     adapter=bank.adapter(k),
                     optimizer=optimizer.state(k),
                     step=order.stop,
-                    extra={"trial": str(member.trial)},
+                    extra={"trial": str(member.trial), **_said_of_the_model(bank)},
                 )
         ended_s = time.perf_counter()
     results = tuple(
@@ -109,6 +110,11 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
         for k, member in enumerate(order.members)
     )
     return results, trained_s - started_s, ended_s - trained_s
+
+
+def _said_of_the_model(bank: LoraBank) -> dict[str, str]:
+    """What whoever reads a member's state has no model to ask for."""
+    return {"fan_in_fan_out": json.dumps(bank.fan_in_fan_out), "heads": json.dumps(list(bank.heads))}
 
 
 def _train(

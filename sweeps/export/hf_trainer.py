@@ -12,6 +12,8 @@ from sweeps.export.hugging_face import loraplus_keys, optimizer_leftovers, train
 from sweeps.export.parts import Exported, Leftover, json_text, leftovers_of, save, yaml_text
 from sweeps.export.peft import adapter_config
 from sweeps.export.point import ExportPoint
+from sweeps.export.task import attention, data_leftovers, language_model, longest
+from sweeps.spec_tasks import CausalLmTask
 
 _NAME = "transformers' Trainer"
 _USAGE = (
@@ -36,6 +38,11 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         text = "the Trainer has no key for lr of B: pass it the optimizer of loraplus.yaml, or B trains with lr of A"
         left.append(Leftover("lr_ratio", point.lr_ratio, True, text))
     arguments = training_arguments(point, _NAME, loraplus=True)
+    section = language_model(point)
+    if section is not None:
+        # The older name, which all releases know; 5.23 warns that it is one.
+        arguments |= {"gradient_checkpointing": True} if section.gradient_checkpointing else {}
+        left += [*data_leftovers(point, _NAME, overlong=("truncate", "drop")), _by_hand(point, section)]
     texts = {
         "adapter_config.json": json_text(adapter_config(point)),
         "training_args.yaml": yaml_text(point, _NAME, _USAGE, arguments, left),
@@ -43,6 +50,18 @@ def write(point: ExportPoint, directory: Path) -> Exported:
     if extra:
         texts["loraplus.yaml"] = yaml_text(point, _NAME, _USAGE_LORAPLUS, extra, left)
     return save(point, directory, texts, left)
+
+
+def _by_hand(point: ExportPoint, section: CausalLmTask) -> Leftover:
+    """The model and the data, for which `TrainingArguments` has no keys."""
+    loaded = [f"dtype {point.spec.train.dtype}", *([f"attention {named}"] if (named := attention(section)) else [])]
+    data = [
+        f"samples of at most {longest(section):,} tokens (longer ones: {section.too_long})",
+        "the loss on completions alone" if section.loss == "completion" else "the loss on all tokens",
+        *(["packed"] if section.packing else []),
+    ]
+    text = f"{_NAME} has no keys for the model ({section.model}, {', '.join(loaded)}) and the data ({', '.join(data)})"
+    return Leftover("task", None, False, text)
 
 
 def _loraplus(point: ExportPoint) -> dict[str, Any]:

@@ -82,10 +82,11 @@ def refuse_gaussian(point: ExportPoint, trainer: str) -> None:
 
 
 def optimizer_leftovers(point: ExportPoint, trainer: str) -> list[Leftover]:
-    """What of the optimizer depends on the version of transformers."""
+    """What of the optimizer depends on the version of transformers: `Trainer.get_optimizer_cls_and_kwargs` of 4.57.6
+    makes these three of lr alone."""
     if "optim_args" not in _optimizer(point, trainer):
         return []
-    text = "optim_args of sgd, rmsprop and adagrad are read by transformers 5; an older one passes over them silently"
+    text = "optim_args of sgd, rmsprop and adagrad are read by transformers 5; transformers 4 passes over them silently"
     return [Leftover("optim_args", None, True, text)]
 
 
@@ -102,7 +103,7 @@ def _check_factors(point: ExportPoint, trainer: str, *, loraplus: bool) -> None:
             trainer,
             "one learning rate for A and B, for it has no LoRA+",
             f"lr of B / lr of A = {point.lr_ratio:.6g}",
-            "--format peft, hf_trainer, axolotl or llamafactory has it",
+            "--format peft, hf_trainer, axolotl, llamafactory or unsloth has it",
         )
 
 

@@ -14,6 +14,7 @@ from sweeps.export.hugging_face import refuse_gaussian, scheduler
 from sweeps.export.parts import Exported, json_text, leftovers_of, refusal, save
 from sweeps.export.peft import whole
 from sweeps.export.point import ExportPoint
+from sweeps.export.task import task_settings
 
 
 def write(point: ExportPoint, directory: Path) -> Exported:
@@ -50,6 +51,7 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         "accumulation": train.accumulation,
         "seed": train.seed,
         "dtype": train.dtype,
+        **task_settings(point),
         "leftovers": {each.name: each.text for each in left},
         "reached": point.metrics,
         "from": {"sweep": point.sweep, "trial": point.trial, "class": point.class_id},

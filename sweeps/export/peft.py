@@ -13,6 +13,7 @@ from lora_core.gauge import FactorSettings
 from sweeps.export.hugging_face import scheduler
 from sweeps.export.parts import Exported, json_text, leftovers_of, save
 from sweeps.export.point import ExportPoint
+from sweeps.export.task import peft_task, task_settings
 
 _ADAM = {"adam", "adamw"}
 """Their settings have names in `TrainingArguments`; other optimizers' have torch.optim's."""
@@ -37,6 +38,7 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
     targets = point.spec.lora.target_modules
     return {
         "peft_type": "LORA",
+        **peft_task(point.spec.task),
         "r": point.point.rank,
         "lora_alpha": whole(point.alpha),
         "use_rslora": point.spec.lora.rslora,
@@ -69,6 +71,7 @@ def training(point: ExportPoint) -> dict[str, Any]:
         "gradient_accumulation_steps": train.accumulation,
         "seed": train.seed,
         "dtype": train.dtype,
+        **task_settings(point),
         "reached": point.metrics,
         "from": {"sweep": point.sweep, "trial": point.trial, "class": point.class_id},
     }

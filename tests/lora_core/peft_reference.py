@@ -38,9 +38,9 @@ class OurMask(nn.Module):
         self.dropout, self.layer = PackDropout([member]), layer
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = self.dropout.mask(self.layer, x.detach()[None])
+        mask = self.dropout.mask(self.layer, x.detach().reshape(1, -1, x.shape[-1]))
         assert mask is not None
-        return x * mask.keep_KMI[0] * mask.q_K11[0]
+        return x * mask.keep_KMI.view_as(x) * mask.q_K11[0]
 
 
 def peft_model_of(bank: LoraBank, k: int, *, batch: int | None = None, dtype: torch.dtype = torch.float64) -> nn.Module:

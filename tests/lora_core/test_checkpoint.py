@@ -255,9 +255,18 @@ def test_an_exported_adapter_comes_back_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank_pattern": {"fc1": 2}}, "LoRA or DoRA of one rank and alpha; found rank_pattern"),
-        ({"alpha_pattern": {"fc1": 2}}, "LoRA or DoRA of one rank and alpha; found alpha_pattern"),
-        ({"modules_to_save": ["head"]}, "LoRA or DoRA of one rank and alpha; found modules_to_save"),
+        (
+            {"rank_pattern": {"fc1": 2}},
+            "one rank and alpha, for that is what a member of a pack has; found rank_pattern",
+        ),
+        (
+            {"alpha_pattern": {"fc1": 2}},
+            "one rank and alpha, for that is what a member of a pack has; found alpha_pattern",
+        ),
+        (
+            {"modules_to_save": ["head"]},
+            "found modules_to_save in adapter_config.json: merge it into its base model with PEFT's merge",
+        ),
         ({"init_lora_weights": "olora"}, "found init_lora_weights='olora', which changes the base model"),
         ({"bias": "all"}, "nothing but lora_A and lora_B matrices; found"),
         ({"bias": "all", "use_dora": True}, "lora_A and lora_B matrices and lora_magnitude_vectors; found"),

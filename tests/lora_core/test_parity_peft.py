@@ -4,10 +4,12 @@ Held to over 50 steps of AdamW from the same A, with the same data: losses withi
 relative. The two do the same products in another order (x A^T B^T before or after the base product is added, one fused
 optimizer step or many), so they part by rounding, which training amplifies. Measured: at most 6.7e-7 in float32
 (DeBERTa-v2), 1.3e-15 in float64, and nothing at all in float64 for Llama and Qwen2, whose norms compute in float32 and
-round the difference away.
+round the difference away. With LoRA dropout PEFT is given our masks in place of its own, which it draws from torch's
+global generator.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import export_peft_adapter, import_peft_adapter
 from lora_core.gauge import Gauge, regauge
 from lora_core.laws import LAWS
+from tests.lora_core.peft_reference import OurMask
 from tests.lora_core.real_models import (
     SHAPES,
     VOCABULARY,
@@ -43,13 +46,15 @@ VARIANTS = [
     *[(name, "plain") for name in EVERY],
     *[(name, "rslora") for name in ("gpt2", "roberta", "t5-encoder")],
     *[(name, "dora") for name in ("gpt2", "llama", "deberta-v2")],
+    *[(name, "dropout") for name in ("gpt2", "llama", "roberta")],
 ]
 DTYPES = pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=["f32", "f64"])
 
 
 def member(variant: str = "plain", seed: int = 3, rank: int = RANK) -> Member:
     scaling = ALPHA / (math.sqrt(rank) if variant == "rslora" else rank)
-    return Member(make_point(rank, scaling, dora=variant == "dora"), seed)
+    point = make_point(rank, scaling, dora=variant == "dora")
+    return Member(replace(point, dropout=0.3 if variant == "dropout" else 0.0), seed)
 
 
 def settings_of(name: str, variant: str, targets: list[str] | None = None) -> dict[str, object]:
@@ -63,6 +68,16 @@ def settings_of(name: str, variant: str, targets: list[str] | None = None) -> di
     }
 
 
+def with_our_masks(theirs: torch.nn.Module, subject: Member, names: Iterable[str]) -> list[OurMask]:
+    """Puts our masks in the place of PEFT's dropout, and returns them."""
+    masks = []
+    for layer in names:
+        module = theirs.base_model.model.get_submodule(layer)
+        masks.append(OurMask(subject, layer))
+        module.lora_dropout["default"] = masks[-1]
+    return masks
+
+
 def distance(name: str, variant: str, dtype: torch.dtype, targets: list[str] | None = None, steps: int = 50) -> float:
     """The largest relative distance of our losses from PEFT's."""
     subject, causal = member(variant), SHAPES[name].causal
@@ -71,7 +86,16 @@ def distance(name: str, variant: str, dtype: torch.dtype, targets: list[str] | N
         ours = train(bank, optimizer, losses_K, steps)[:, 0]
     theirs = peft_model(make_model(name, dtype), **settings_of(name, variant, targets))
     parameters = put_into_peft(theirs, start)
-    expected = train_peft(theirs, parameters, subject, losses_of(theirs, 1, causal=causal), steps)
+    layers = dict.fromkeys(key.rpartition(".")[0] for key in start)
+    masks = with_our_masks(theirs, subject, layers) if subject.point.dropout else []
+    undropped = losses_of(theirs, 1, causal=causal)
+
+    def losses(step: int) -> torch.Tensor:
+        for mask in masks:
+            mask.dropout.batch = step
+        return undropped(step)
+
+    expected = train_peft(theirs, parameters, subject, losses, steps)
     assert float(expected[-5:].mean()) < 0.97 * float(expected[:5].mean()), "it must have learnt something"
     return float(((ours - expected) / expected).abs().max())
 
@@ -80,6 +104,13 @@ def distance(name: str, variant: str, dtype: torch.dtype, targets: list[str] | N
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_member_has_pefts_losses(name, variant, dtype, rtol):
     assert distance(name, variant, dtype) <= rtol
+
+
+def test_the_masks_matter():
+    with pack("gpt2", [member("dropout"), member("plain")], torch.float64) as (bank, optimizer, losses_K):
+        dropped, plain = train(bank, optimizer, losses_K, 10).T
+    assert dropped[0] == plain[0], "B starts at 0"
+    assert float(((dropped - plain) / plain).abs().max()) > 1e-4
 
 
 # -- adapter folders ---------------------------------------------------------------------------------------------------

@@ -19,15 +19,25 @@ from sweeps.spec import SweepSpec, parse_spec
 ALPHA = 16.0
 
 
+DIGITS = "{type: digits}"
+
+
 def spec_of(
-    *, optimizer: str = "adamw", train: str = "", lora: str = "", parameters: str = "", steps: int = 24
+    *,
+    optimizer: str = "adamw",
+    train: str = "",
+    lora: str = "",
+    parameters: str = "",
+    steps: int = 24,
+    task: str = DIGITS,
+    targets: str = "[fc1, fc2]",
 ) -> SweepSpec:
-    """A spec over the digits; the pieces are the inside of YAML flow mappings, after a comma."""
+    """A spec, over the digits unless told otherwise; the pieces are the inside of YAML flow mappings, after a comma."""
     return parse_spec(
         f"""\
 name: exported
-task: {{type: digits}}
-lora: {{target_modules: [fc1, fc2]{lora}}}
+task: {task}
+lora: {{target_modules: {targets}{lora}}}
 parameters: {{rank: 4, lr: {{min: 1e-4, max: 1}}, init_scale: {{min: 0.0625, max: 16}}, alpha: 16{parameters}}}
 train: {{optimizer: {optimizer}, steps: {steps}, batch_size: 16{train}}}
 """,
@@ -65,6 +75,12 @@ def point_of(
     spec = spec_of(**pieces)
     configuration = Configuration(4, ALPHA, lr, init_scale, lr_ratio, weight_decay)
     return ExportPoint.of(*record_of_one(spec, configuration), alpha)
+
+
+def lm_point_of(task: str = "", data: str = "format: completion", **pieces: Any) -> ExportPoint:
+    """The same over a language model; the pieces of the task are the insides of flow mappings, after a comma."""
+    section = f"{{type: causal_lm, model: org/model, data: {{train: org/data, {data}}}{task}}}"
+    return point_of(task=section, targets="[q_proj, v_proj]", **pieces)
 
 
 @dataclass(frozen=True)

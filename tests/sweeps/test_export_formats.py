@@ -1,28 +1,27 @@
 """One suite for every export format: its trainer's schema takes the file, and the file says the same run.
 
-Schemas that can be had here are asked themselves (PEFT, transformers, loralib; TRL where it is installed). The keys
-and types of the others stand in a table with the commit that they were read from.
+The schemas are in `export_schemas.py`; what is said of a language model's data, in `test_export_tasks.py`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import loralib
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from lora_core.gauge import scaling_of
 from lora_core.laws import LAWS
 from sweeps.errors import InputError
 from sweeps.export import FORMATS
 from tests.sweeps.export_points import ALPHA, point_of, read
+from tests.sweeps.export_schemas import check_schema
 
 WHOLE_ALPHA = ("axolotl", "llamafactory")
 ON_TRANSFORMERS = ("trl", "axolotl", "llamafactory", "unsloth", "hf_trainer")
@@ -57,11 +56,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"optimizer": "adagrad", "train": ", options: {initial_accumulator_value: 0.1}"},
         dict.fromkeys(ON_TRANSFORMERS, "initial_accumulator_value"),
     ),
-    "LoRA+": ({"parameters": ", lr_ratio: 4", "lr_ratio": 4.0}, dict.fromkeys(("trl", "unsloth"), "LoRA\\+")),
+    "LoRA+": ({"parameters": ", lr_ratio: 4", "lr_ratio": 4.0}, {"trl": "LoRA\\+"}),
     "DoRA": (
         {"lora": ", dora: true", "train": ", magnitude_lr: 1e-3"},
-        dict.fromkeys(("trl", "axolotl", "llamafactory", "hf_trainer"), "magnitudes")
-        | dict.fromkeys(("unsloth", "loralib"), "DoRA"),
+        dict.fromkeys(ON_TRANSFORMERS, "magnitudes") | {"loralib": "DoRA"},
     ),
     "gaussian": ({"lora": ", init: gaussian"}, dict.fromkeys(("trl", "llamafactory", "loralib"), "init: gaussian")),
     "float64": (
@@ -71,136 +69,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "one step of warm-up": ({"train": ", warmup_steps: 1"}, {"axolotl": "warmup_steps: 1"}),
 }
 """Runs that some trainers cannot do, and a word of what each says."""
-
-# -- schemas -----------------------------------------------------------------------------------------------------------
-
-NUMBER = (int, float)
-
-AXOLOTL: dict[str, Any] = {
-    # axolotl-ai-cloud/axolotl, src/axolotl/utils/schemas/peft.py at 00564c8
-    "adapter": str,
-    "lora_r": int,
-    "lora_alpha": int,
-    "lora_dropout": float,
-    "lora_target_modules": (str, list),
-    "lora_target_linear": bool,
-    "peft_use_dora": bool,
-    "peft_use_rslora": bool,
-    "peft_init_lora_weights": (bool, str),
-    "loraplus_lr_ratio": float,
-    "loraplus_lr_embedding": float,
-    # schemas/training.py at 002a637
-    "gradient_accumulation_steps": int,
-    "micro_batch_size": int,
-    "learning_rate": float,
-    "weight_decay": float,
-    "optimizer": str,
-    "optim_args": (str, dict),
-    "lr_scheduler": str,
-    "adam_epsilon": float,
-    "adam_beta1": float,
-    "adam_beta2": float,
-    "max_grad_norm": float,
-    # schemas/config.py at 70be546
-    "warmup_steps": int,
-    "max_steps": int,
-    "dataloader_drop_last": bool,
-    "seed": int,
-    "bf16": (bool, str),
-    "fp16": bool,
-}
-LLAMAFACTORY: dict[str, Any] = {
-    # hiyouga/LLaMA-Factory, src/llamafactory/hparams/finetuning_args.py at 00577a8; the rest is TrainingArguments
-    "stage": str,
-    "finetuning_type": str,
-    "lora_rank": int,
-    "lora_alpha": int,
-    "lora_dropout": float,
-    "lora_target": str,
-    "use_rslora": bool,
-    "use_dora": bool,
-    "loraplus_lr_ratio": float,
-    "loraplus_lr_embedding": float,
-}
-UNSLOTH: dict[str, Any] = {
-    # unslothai/unsloth, FastLlamaModel.get_peft_model in unsloth/models/llama.py at 9fbe0b6
-    "r": int,
-    "lora_alpha": NUMBER,
-    "lora_dropout": float,
-    "target_modules": list,
-    "use_rslora": bool,
-    "init_lora_weights": (bool, str),
-    "bias": str,
-    "random_state": int,
-}
-TRL: dict[str, Any] = {
-    # TRL 1.16, trl/trainer/model_config.py; the rest is TrainingArguments. alpha: see `test_trl_itself_reads_the_file`
-    "use_peft": bool,
-    "lora_r": int,
-    "lora_alpha": NUMBER,
-    "lora_dropout": float,
-    "lora_target_modules": list,
-    "use_rslora": bool,
-    "use_dora": bool,
-    "dtype": str,
-}
-
-
-def check_table(values: dict[str, Any], table: dict[str, Any]) -> None:
-    for key, value in values.items():
-        assert key in table, f"{key} is no key of it"
-        kinds = table[key] if isinstance(table[key], tuple) else (table[key],)
-        assert type(value) in kinds, f"{key}: {value!r}"  # True is an int to isinstance
-
-
-def check_training_arguments(values: dict[str, Any]) -> TrainingArguments:
-    here = {"use_cpu": True, "report_to": [], "bf16": False}
-    (read_back,) = HfArgumentParser(TrainingArguments).parse_dict(values | here)
-    layer = torch.nn.Linear(2, 2)
-    kind, keywords = Trainer.get_optimizer_cls_and_kwargs(read_back, layer)
-    kind(layer.parameters(), **keywords)
-    return read_back
-
-
-def split(values: dict[str, Any], table: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of a table, and the others."""
-    return {k: v for k, v in values.items() if k in table}, {k: v for k, v in values.items() if k not in table}
-
-
-def check_schema(form: str, directory: Path) -> None:
-    if form in ("peft", "hf_trainer"):
-        config = LoraConfig.from_pretrained(str(directory))
-        layers = torch.nn.ModuleDict({"fc1": torch.nn.Linear(64, 64), "fc2": torch.nn.Linear(64, 64)})
-        get_peft_model(layers, config)
-    if form == "hf_trainer":
-        check_training_arguments(yaml.safe_load((directory / "training_args.yaml").read_text()))
-    if form == "trl":
-        own, rest = split(yaml.safe_load((directory / "trl_sft.yaml").read_text()), TRL)
-        check_table(own, TRL)
-        check_training_arguments(rest)
-    if form == "axolotl":
-        check_table(yaml.safe_load((directory / "axolotl.yaml").read_text()), AXOLOTL)
-    if form == "llamafactory":
-        own, rest = split(yaml.safe_load((directory / "llamafactory.yaml").read_text()), LLAMAFACTORY)
-        check_table(own, LLAMAFACTORY)
-        assert rest.pop("do_train") is True
-        check_training_arguments(rest)
-    if form == "unsloth":
-        values = yaml.safe_load((directory / "unsloth.yaml").read_text())
-        assert values.keys() == {"from_pretrained", "get_peft_model", "sft_config"}
-        check_table(values["get_peft_model"], UNSLOTH)
-        check_training_arguments(values["sft_config"])
-    if form == "loralib":
-        values = json.loads((directory / "loralib.json").read_text())
-        layer = loralib.Linear(64, 64, **values["linear"])
-        groups = [{"params": [getattr(layer, name)], **values[name]} for name in ("lora_A", "lora_B")]
-        accumulator = groups[0].pop("initial_accumulator_value", None)
-        groups[1].pop("initial_accumulator_value", None)
-        kind = getattr(torch.optim, values["optimizer"].removeprefix("torch.optim."))
-        kind(
-            groups, **values["arguments"], **({} if accumulator is None else {"initial_accumulator_value": accumulator})
-        )
-
 
 # -- the suite ---------------------------------------------------------------------------------------------------------
 
@@ -301,7 +169,7 @@ def test_at_another_alpha_the_init_scale_is_named(form: str, alpha: float | str,
     assert found.lr == pytest.approx(0.02 * (ALPHA / value) ** 0.5)
 
 
-@pytest.mark.parametrize("form", ["peft", "axolotl", "llamafactory", "hf_trainer", "loralib"])
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "trl"])
 def test_lora_plus_is_written_where_the_trainer_has_it(form: str, tmp_path: Path):
     point = point_of(parameters=", lr_ratio: 4", lr_ratio=4.0)
     FORMATS[form](point, tmp_path)
@@ -331,28 +199,14 @@ def test_trl_takes_a_single_target_module_as_an_expression_for_its_whole_name(tm
     get_peft_model(layers, LoraConfig(target_modules=expression))
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
-def test_trl_itself_reads_the_file(tmp_path: Path):
-    trl = pytest.importorskip("trl", reason="TRL is not installed; its keys stand in the table TRL")
-    point = point_of(init_scale=1.3, train=", warmup_steps: 4")
-    FORMATS["trl"](point, tmp_path)
-    parser = trl.TrlParser((trl.ScriptArguments, trl.SFTConfig, trl.ModelConfig))
-    _, training, model = parser.parse_args_and_config(
-        ["--config", str(tmp_path / "trl_sft.yaml"), "--dataset_name", "x"], fail_with_unknown_args=True
-    )
-    config = trl.get_peft_config(model)
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, point.alpha, 0.0)
-    assert config.target_modules == {"fc1", "fc2"}
-    assert (training.learning_rate, training.adam_epsilon) == (point.point.a.lr, point.point.a.eps)
-    assert (training.max_grad_norm, training.warmup_steps, training.bf16) == (0.0, 4, False)
-
-
 @pytest.mark.parametrize(
     ("form", "targets", "words"),
     [
-        ("unsloth", "fc.*", "regular expression"),
         ("llamafactory", "fc.*", "regular expression"),
-        ("unsloth", ("q_proj", "lm_head"), "lm_head"),
+        ("unsloth", ("q_proj", "lm_head"), "target module lm_head"),
+        ("unsloth", ("model.embed_tokens",), "target module model.embed_tokens"),
+        ("unsloth", ".*(_proj|embed_tokens)", "target module embed_tokens"),
+        ("unsloth", "lm_head|.*_proj", "target module lm_head"),
     ],
 )
 def test_target_modules_that_a_trainer_cannot_take(form: str, targets: Any, words: str, tmp_path: Path):
@@ -360,6 +214,25 @@ def test_target_modules_that_a_trainer_cannot_take(form: str, targets: Any, word
     spec = point.spec.model_copy(update={"lora": point.spec.lora.model_copy(update={"target_modules": targets})})
     with pytest.raises(InputError, match=words):
         FORMATS[form](replace(point, spec=spec), tmp_path)
+
+
+@pytest.mark.parametrize("form", ON_TRANSFORMERS)
+def test_dora_is_written_where_its_magnitudes_are_trained_as_the_rest(form: str, tmp_path: Path):
+    FORMATS[form](point_of(lora=", dora: true", train=", magnitude_lr: 0.02", init_scale=1.0), tmp_path)
+    check_schema(form, tmp_path)
+    assert re.search(r'(use_dora"?|peft_use_dora): true', "".join(path.read_text() for path in tmp_path.iterdir()))
+
+
+def test_unsloth_hands_an_expression_on_to_peft(tmp_path: Path):
+    FORMATS["unsloth"](point_of(targets="'.*_proj'"), tmp_path)
+    check_schema("unsloth", tmp_path)
+    assert read("unsloth", tmp_path).targets == ".*_proj"
+
+
+@pytest.mark.parametrize("form", ["peft", "trl", "axolotl", "unsloth", "hf_trainer"])
+def test_every_linear_layer_is_pefts_own_word(form: str, tmp_path: Path):
+    FORMATS[form](point_of(targets="all-linear"), tmp_path)
+    assert read(form, tmp_path).targets in ("all-linear", ["all-linear"])
 
 
 @pytest.mark.parametrize("optimizer", LAWS)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_core.gauge import FactorSettings
 from sweeps.export.hugging_face import loraplus_keys, optimizer_leftovers, training_arguments
-from sweeps.export.parts import Exported, Leftover, json_text, leftovers_of, save, yaml_text
+from sweeps.export.parts import Exported, Leftover, json_text, leftovers_of, save, torch_group, yaml_text
 from sweeps.export.peft import adapter_config
 from sweeps.export.point import ExportPoint
 from sweeps.export.task import attention, data_leftovers, language_model, longest
@@ -26,18 +27,30 @@ _USAGE_LORAPLUS = (
 )
 
 
+_USAGE_GROUPS = (
+    "Trainer(optimizers=(OPTIMIZER_CLASS(groups, **ARGUMENTS), None)) with the class and the arguments below, and "
+    '[{"params": [p for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)], '
+    "**settings} for pattern, settings in GROUPS.items()] as groups."
+)
+
+
 def write(point: ExportPoint, directory: Path) -> Exported:
-    """Writes the files; with LoRA+ `loraplus.yaml` too, for the Trainer has no key for it.
+    """Writes the files; with LoRA+ `loraplus.yaml` too, or with a head `parameter_groups.yaml`, for the Trainer has no
+    keys for them.
 
     Raises:
         InputError: the Trainer cannot do the run.
     """
     left = leftovers_of(point, _NAME) + optimizer_leftovers(point, _NAME)
-    extra = _loraplus(point)
+    head = point.point.head
+    extra = _loraplus(point) if head is None else {}
     if extra:
         text = "the Trainer has no key for lr of B: pass it the optimizer of loraplus.yaml, or B trains with lr of A"
         left.append(Leftover("lr_ratio", point.lr_ratio, True, text))
-    arguments = training_arguments(point, _NAME, loraplus=True)
+    if head is not None:
+        text = "the Trainer has one lr: pass it the optimizer of parameter_groups.yaml, or the head trains with lr of A"
+        left.append(Leftover("head_lr", head.lr, True, text))
+    arguments = training_arguments(point, _NAME, loraplus=True, heads=True)
     section = language_model(point)
     if section is not None:
         # The older name, which all releases know; 5.23 warns that it is one.
@@ -49,6 +62,8 @@ def write(point: ExportPoint, directory: Path) -> Exported:
     }
     if extra:
         texts["loraplus.yaml"] = yaml_text(point, _NAME, _USAGE_LORAPLUS, extra, left)
+    if head is not None:
+        texts["parameter_groups.yaml"] = yaml_text(point, _NAME, _USAGE_GROUPS, _groups(point, head), left)
     return save(point, directory, texts, left)
 
 
@@ -62,6 +77,17 @@ def _by_hand(point: ExportPoint, section: CausalLmTask) -> Leftover:
     ]
     text = f"{_NAME} has no keys for the model ({section.model}, {', '.join(loaded)}) and the data ({', '.join(data)})"
     return Leftover("task", None, False, text)
+
+
+def _groups(point: ExportPoint, head: FactorSettings) -> dict[str, Any]:
+    """torch.optim's own words for A, B and the head, each with a pattern for PEFT's names of its parameters."""
+    decays = point.law.decay is not None
+    settings = {"lora_(embedding_)?A": point.point.a, "lora_(embedding_)?B": point.point.b, "modules_to_save": head}
+    return {
+        "optimizer_class": f"torch.optim.{point.law.kind}",
+        "arguments": {**point.spec.train.settings, **point.law.fixed},
+        "groups": {pattern: torch_group(each, decays=decays) for pattern, each in settings.items()},
+    }
 
 
 def _loraplus(point: ExportPoint) -> dict[str, Any]:

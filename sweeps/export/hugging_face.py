@@ -20,13 +20,14 @@ from sweeps.export.point import ExportPoint
 _OWN_OPTIMIZER = "--format peft and --format loralib write torch.optim's own keywords for a loop of yours"
 
 
-def training_arguments(point: ExportPoint, trainer: str, *, loraplus: bool) -> dict[str, Any]:
+def training_arguments(point: ExportPoint, trainer: str, *, loraplus: bool, heads: bool = False) -> dict[str, Any]:
     """The keyword arguments of `TrainingArguments`, without lr of B.
 
     Args:
         point: the run.
         trainer: its name, for messages.
         loraplus: whether the trainer takes another lr for B (LoRA+).
+        heads: whether it can train something whole beside the adapters, with an lr of its own.
 
     Raises:
         InputError: the trainer cannot do the run.
@@ -34,6 +35,7 @@ def training_arguments(point: ExportPoint, trainer: str, *, loraplus: bool) -> d
     train, settings = point.spec.train, point.point.a
     _check_factors(point, trainer, loraplus=loraplus)
     _check_dora(point, trainer)
+    _check_head(point, trainer, heads=heads)
     return {
         "learning_rate": settings.lr,
         "weight_decay": settings.weight_decay,
@@ -119,6 +121,18 @@ def _check_dora(point: ExportPoint, trainer: str) -> None:
             "DoRA's magnitudes trained as A is (learning rate, eps, weight decay, clip), for it has no keys for them",
             f"learning rate {own.lr!r} for them and {a.lr!r} for A",
         )
+
+
+def _check_head(point: ExportPoint, trainer: str, *, heads: bool) -> None:
+    head = point.point.head
+    if head is None:
+        return
+    if not heads:
+        required = "adapters alone to train, for it has no learning rate for a head"
+        raise refusal(trainer, required, f"a head with learning rate {head.lr!r}", "--format hf_trainer or peft")
+    if point.point.clip_norm is not None:
+        required = "no clip where there is a head, for it clips both by one norm"
+        raise refusal(trainer, required, f"clip_norm {point.point.clip_norm!r} of the adapters alone")
 
 
 def _optimizer(point: ExportPoint, trainer: str) -> dict[str, Any]:

@@ -7,11 +7,9 @@ scaling. Whoever uses loralib writes the training loop, so there is nothing of t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lora_core.gauge import FactorSettings
 from sweeps.export.hugging_face import refuse_gaussian, scheduler
-from sweeps.export.parts import Exported, json_text, leftovers_of, refusal, save
+from sweeps.export.parts import Exported, json_text, leftovers_of, refusal, save, torch_group
 from sweeps.export.peft import whole
 from sweeps.export.point import ExportPoint
 from sweeps.export.task import task_settings
@@ -28,6 +26,7 @@ def write(point: ExportPoint, directory: Path) -> Exported:
     if lora.dora:
         raise refusal("loralib", "no DoRA, which it does not have", "lora.dora: true")
     left = leftovers_of(point, "loralib")
+    decays, head = point.law.decay is not None, point.point.head
     targets = lora.target_modules
     values = {
         "note": "lora.Linear(..., **linear) for the target modules; one parameter group for lora_A and one for lora_B.",
@@ -41,8 +40,9 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "optimizer": f"torch.optim.{point.law.kind}",
         "arguments": {**train.settings, **point.law.fixed},
-        "lora_A": _group(point.point.a, decays=point.law.decay is not None),
-        "lora_B": _group(point.point.b, decays=point.law.decay is not None),
+        "lora_A": torch_group(point.point.a, decays=decays),
+        "lora_B": torch_group(point.point.b, decays=decays),
+        **({} if head is None else {"head": torch_group(head, decays=decays)}),
         "clip_norm": point.point.clip_norm,
         "schedule": scheduler(point),
         "warmup_steps": train.warmup_steps,
@@ -57,11 +57,3 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         "from": {"sweep": point.sweep, "trial": point.trial, "class": point.class_id},
     }
     return save(point, directory, {"loralib.json": json_text(values)}, left)
-
-
-def _group(settings: FactorSettings, *, decays: bool) -> dict[str, Any]:
-    return {
-        "lr": settings.lr,
-        **({"weight_decay": settings.weight_decay} if decays else {}),
-        **settings.constants,
-    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.checkpoint import write_atomically
+from lora_core.gauge import FactorSettings
 from sweeps.errors import InputError
 from sweeps.export.point import ExportPoint
 
@@ -67,6 +68,17 @@ def save(point: ExportPoint, directory: Path, texts: Mapping[str, str], leftover
 def refusal(trainer: str, required: str, found: str, way_out: str = "--format peft writes it in full") -> InputError:
     """The error for a run that a trainer cannot do: required, found, way out."""
     return InputError(f"a run for {trainer} must have {required}; found {found}: {way_out}")
+
+
+def torch_group(settings: FactorSettings, *, decays: bool) -> dict[str, Any]:
+    """A parameter group in torch.optim's own words.
+
+    Args:
+        settings: of the factor.
+        decays: whether the optimizer has weight decay.
+    """
+    decay = {"weight_decay": settings.weight_decay} if decays else {}
+    return {"lr": settings.lr, **decay, **settings.constants}
 
 
 # -- what is left over -------------------------------------------------------------------------------------------------

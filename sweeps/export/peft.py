@@ -53,6 +53,7 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
 def training(point: ExportPoint) -> dict[str, Any]:
     """What PEFT's config has no place for: the optimizer and its schedule, in the same gauge."""
     a, b, magnitude, train = point.point.a, point.point.b, point.point.magnitude, point.spec.train
+    head = point.point.head
     own = _factor(a, train.optimizer)
     moved = ", ".join(own | ({"max_grad_norm": 0} if point.point.clip_norm else {}))
     return {
@@ -63,6 +64,7 @@ def training(point: ExportPoint) -> dict[str, Any]:
         **(_factor(b, train.optimizer, "_B") if a != b else {}),
         # Which no gauge moves, and which stand outside of the clip.
         **({} if magnitude is None else _factor(magnitude, train.optimizer, "_magnitude")),
+        **({} if head is None else _factor(head, train.optimizer, "_head")),
         "max_grad_norm": point.point.clip_norm or 0.0,
         "lr_scheduler_type": scheduler(point),
         "warmup_steps": train.warmup_steps,

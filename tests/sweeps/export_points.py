@@ -68,12 +68,13 @@ def point_of(
     init_scale: float = 2.0,
     lr_ratio: float = 1.0,
     weight_decay: float = 0.0,
+    head_lr: float = 0.0,
     alpha: float | str | None = None,
     **pieces: Any,
 ) -> ExportPoint:
     """The export of one configuration at rank 4 and alpha 16."""
     spec = spec_of(**pieces)
-    configuration = Configuration(4, ALPHA, lr, init_scale, lr_ratio, weight_decay)
+    configuration = Configuration(4, ALPHA, lr, init_scale, lr_ratio, weight_decay, head_lr)
     return ExportPoint.of(*record_of_one(spec, configuration), alpha)
 
 

@@ -45,6 +45,9 @@ VARIETIES: dict[str, dict[str, Any]] = {
 }
 """Runs that every trainer can do."""
 
+HEAD = {"task": "{type: python, entrypoint: some.module:make}", "parameters": ", head_lr: 0.1", "head_lr": 0.1}
+"""Something that is trained whole beside the adapters."""
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "muon": ({"optimizer": "muon"}, dict.fromkeys(ON_TRANSFORMERS, "muon")),
     "amsgrad": ({"train": ", options: {amsgrad: true}"}, dict.fromkeys(ON_TRANSFORMERS, "amsgrad")),
@@ -65,6 +68,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "float64": (
         {"train": ", dtype: float64"},
         dict.fromkeys(("trl", "axolotl", "llamafactory", "unsloth"), "float64"),
+    ),
+    "head": (HEAD, dict.fromkeys(("trl", "axolotl", "llamafactory", "unsloth"), "a head with learning rate 0.1")),
+    "head, clip": (
+        HEAD | {"train": ", clip_norm: 0.5"},
+        dict.fromkeys(("trl", "axolotl", "llamafactory", "unsloth"), "a head")
+        | {"hf_trainer": "clip_norm 1.0 of the adapters alone"},
     ),
     "one step of warm-up": ({"train": ", warmup_steps: 1"}, {"axolotl": "warmup_steps: 1"}),
 }
@@ -245,6 +254,37 @@ def test_peft_is_told_every_number_of_the_optimizer_under_torchs_own_name(optimi
         assert training[adam.get(name, name)] == (list(value) if isinstance(value, tuple) else value)
         assert adam.get(name, name) in training["note"]
     assert ("adam_epsilon" in training) == bool(adam)
+
+
+def test_a_heads_settings_are_written_beside_the_adapters_whatever_the_gauge(tmp_path: Path):
+    point = point_of(**HEAD, alpha=4, train=", eps: 1e-6")
+    assert point.point.a.eps != 1e-6
+    FORMATS["peft"](point, tmp_path)
+    said = json.loads((tmp_path / "training.json").read_text())
+    assert (said["learning_rate_head"], said["adam_epsilon_head"], said["weight_decay_head"]) == (0.1, 1e-6, 0.0)
+    assert said["learning_rate"] == point.point.a.lr
+    FORMATS["loralib"](point, tmp_path)
+    assert json.loads((tmp_path / "loralib.json").read_text())["head"] == {"lr": 0.1, "weight_decay": 0.0, "eps": 1e-6}
+
+
+def test_the_trainers_groups_have_each_parameter_once_with_its_own_settings(tmp_path: Path):
+    point = point_of(**HEAD | {"parameters": ", head_lr: 0.1, lr_ratio: 4"}, lr_ratio=4.0)
+    exported = FORMATS["hf_trainer"](point, tmp_path)
+    assert [each.name for each in exported.leftovers if each.warns] == ["head_lr"]
+    values = yaml.safe_load((tmp_path / "parameter_groups.yaml").read_text())
+    net = torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 4), "words": torch.nn.Embedding(5, 4)})
+    net["classifier"] = torch.nn.Linear(4, 2)
+    config = LoraConfig(r=2, target_modules=["fc1", "words"], modules_to_save=["classifier"])
+    named = [(name, p) for name, p in get_peft_model(net, config).named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if re.search(pattern, name)], **settings}
+        for pattern, settings in values["groups"].items()
+    ]
+    optimizer = getattr(torch.optim, values["optimizer_class"].rpartition(".")[2])(groups, **values["arguments"])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
+    assert [group["lr"] for group in optimizer.param_groups] == [point.point.a.lr, 4 * point.point.a.lr, 0.1]
+    assert [group["eps"] for group in optimizer.param_groups] == [point.point.a.eps] * 2 + [1e-8]
 
 
 def test_peft_is_told_what_magnitudes_are_trained_with(tmp_path: Path):

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask as Section
-from sweeps.tasks import widths
 from sweeps.tasks.pretrained import check_vocabulary, load_causal_lm, load_tokenizer, most_positions, vocabulary
 from sweeps.tasks.samples import load_samples
 from sweeps.tasks.tokens import Batch, Rows, Tokens, tokenise
-from sweeps.tasks.widths import BUCKET, most_tokens
+from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, within
 
 _EVAL_TOKENS = 2048
 """Tokens of a member that are evaluated at once; a longer row goes alone."""
@@ -82,7 +81,7 @@ class CausalLmTask:
 
     def most_rows(self, batch_size: int) -> int:
         """Tokens of the widest batch, in training or in evaluation."""
-        return widths.most_rows(self._train.widths_R, self._held_out.widths_R, batch_size, _EVAL_TOKENS)
+        return most_rows(self._train.widths_R, self._held_out.widths_R, batch_size, _EVAL_TOKENS)
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean of each member's losses over the learned tokens of the batch [K], in nats."""
@@ -116,12 +115,12 @@ class CausalLmTask:
 
     def _chunks(self) -> list[list[int]]:
         """Rows that are evaluated at once."""
-        return widths.chunks(self._held_out.widths_R, _EVAL_TOKENS)
+        return chunks(self._held_out.widths_R, _EVAL_TOKENS)
 
 
 def _fitting(tokens: Tokens, section: Section, most: int) -> Tokens:
     """The samples that fit, each with something to learn."""
-    short = widths.within(tokens.lengths_S, section, most)
+    short = within(tokens.lengths_S, section, most)
     if len(short) < len(tokens):
         tokens = tokens.take(short) if section.too_long == "drop" else tokens.take(range(len(tokens)), most=most)
     learned = torch.cat([torch.zeros(1, dtype=torch.int64), tokens.learned_T.cumsum(0)])[tokens.starts_S].diff()

@@ -125,7 +125,13 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     load = partial(
         _transformers().AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False
     )
-    return _loaded(name, load, "a model with its tokenizer beside it")
+    tokenizer = _loaded(name, load, (required := "a model with its tokenizer beside it"))
+    # Where its files are missing, transformers makes some models' tokenizers up: out of special tokens, and a T5's of a
+    # space too.
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if tokenizer.is_fast and len(tokenizer.get_vocab().keys() - special) < 2:
+        raise TaskError("model", required, f"no tokenizer in {name}")
+    return tokenizer
 
 
 def most_positions(section: ModelTask) -> int | None:

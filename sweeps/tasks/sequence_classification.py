@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
-from sweeps.tasks import widths
 from sweeps.tasks.classifiers import load_classifier, most_positions, own_classes, set_up
 from sweeps.tasks.labelled import Batch, Labelled, tokenise_labelled
 from sweeps.tasks.labels import check_order, check_several, class_ids, class_names
 from sweeps.tasks.pretrained import CLASSIFIER, check_vocabulary, load_config, load_tokenizer
 from sweeps.tasks.samples import load_samples
-from sweeps.tasks.widths import BUCKET, most_tokens, padded
+from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, padded, within
 
 _EVAL_TOKENS = 2048
 """Tokens of a member that are evaluated at once; a longer row goes alone."""
@@ -103,7 +102,7 @@ class SequenceClassificationTask:
         samples = []
         for each, classes_S in zip(both, classes, strict=True):
             tokens = tokenise_labelled(each, classes_S, tokenizer, most=cut, cache=cache)
-            samples.append(tokens.take(widths.within(tokens.lengths_S, section, most)))
+            samples.append(tokens.take(within(tokens.lengths_S, section, most)))
         model, heads = load_classifier(section, config, device=device, dtype=dtype, seed=seed)
         check_vocabulary(model, max(int(tokens.ids_T.max()) for tokens in samples))
         # By length, so that a batch has little padding.
@@ -124,7 +123,7 @@ class SequenceClassificationTask:
 
     def most_rows(self, batch_size: int) -> int:
         """Tokens of the widest batch, in training or in evaluation."""
-        return widths.most_rows(self._train.lengths_S, self._held_out.lengths_S, batch_size, _EVAL_TOKENS)
+        return most_rows(self._train.lengths_S, self._held_out.lengths_S, batch_size, _EVAL_TOKENS)
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean cross-entropy of each member [K], in nats."""
@@ -136,7 +135,7 @@ class SequenceClassificationTask:
         """Held-out cross-entropy in nats, accuracy, and the mean of all classes' F1, of each member."""
         sums_K = torch.zeros(members, dtype=torch.float64, device=self._device)
         guesses = []
-        for indices in widths.chunks(self._held_out.lengths_S, _EVAL_TOKENS):
+        for indices in chunks(self._held_out.lengths_S, _EVAL_TOKENS):
             batch = self._batch(self._held_out, indices)
             logits_MC = self._logits_MC(batch, members)
             sums_K += self._nats_M(logits_MC, batch, members).view(members, -1).double().sum(dim=1)
@@ -182,8 +181,13 @@ class SequenceClassificationTask:
             TaskError: it does.
         """
         shortest, length = [int(self._train.lengths_S.argmin())], int(self._train.lengths_S.min())
-        bare = self._logits_MC(self._train.batch(shortest, width=length, padding=self._padding), 1)
-        wide = self._logits_MC(self._batch(self._train, shortest, more=BUCKET), 1)
+        try:
+            bare = self._logits_MC(self._train.batch(shortest, width=length, padding=self._padding), 1)
+            wide = self._logits_MC(self._batch(self._train, shortest, more=BUCKET), 1)
+        # What a model that needs more than text says of itself.
+        except (AttributeError, TypeError, ValueError) as error:
+            found = f"a {type(self.model).__name__}: {error}"
+            raise TaskError("model", "a model that classifies text as it is", found) from None
         # Rounding is that of the model's own precision.
         share = float(torch.finfo(next(self.model.parameters()).dtype).eps) ** 0.5
         if not torch.allclose(bare, wide, rtol=share, atol=share * float(bare.abs().max())):

@@ -213,7 +213,7 @@ class SequenceClassificationTask(ModelTask):
     """The name of the task."""
     data: LabelledData = Field(examples=[{"train": "train.jsonl"}])
     """Where samples come from, and what they look like."""
-    labels: Annotated[tuple[_Label, ...], Field(min_length=2)] | None = None
+    labels: Annotated[tuple[_Label, ...], Field(json_schema_extra={"minItems": 2})] | None = None
     """Names of the classes, in the order of their ids. null: those of the data set; or of a model that was fine-tuned
     for what the samples are labelled with; or else the labels of the samples, sorted."""
     head: Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
@@ -222,6 +222,8 @@ class SequenceClassificationTask(ModelTask):
     @field_validator("labels")
     @classmethod
     def _are_distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(labels) < 2:
+            raise refuse("two labels or more", list(labels))
         for i, label in enumerate(labels or ()):
             if labels is not None and label in labels[:i]:
                 raise refuse("each label once", label, path=(i,))

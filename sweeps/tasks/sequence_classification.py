@@ -94,7 +94,6 @@ class SequenceClassificationTask:
         names = section.labels or class_names(train, held_out, own)
         check_order(names, own)
         classes = [class_ids(each, names) for each in both]
-        check_several(train, classes[0], names)
         padding = set_up(config, names, tokenizer)
         positions = most_positions(config)
         most = most_tokens(section, positions)
@@ -103,6 +102,7 @@ class SequenceClassificationTask:
         for each, classes_S in zip(both, classes, strict=True):
             tokens = tokenise_labelled(each, classes_S, tokenizer, most=cut, cache=cache)
             samples.append(tokens.take(within(tokens.lengths_S, section, most)))
+        check_several(train, samples[0].classes_S, names)
         model, heads = load_classifier(section, config, device=device, dtype=dtype, seed=seed)
         check_vocabulary(model, max(int(tokens.ids_T.max()) for tokens in samples))
         # By length, so that a batch has little padding.

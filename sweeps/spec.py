@@ -38,7 +38,7 @@ from sweeps.spec_sections import (
     TrackingSpec,
     TrainSpec,
 )
-from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, Task, in_directory
+from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, SequenceClassificationTask, Task, in_directory
 from sweeps.yaml_text import MAX_BYTES, YamlText, dotted, read_yaml
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "Range",
     "ReductionSpec",
     "SearchSpec",
+    "SequenceClassificationTask",
     "SpecDocument",
     "SuccessiveHalving",
     "SweepSpec",

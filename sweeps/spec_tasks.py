@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, Strict, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    Strict,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from sweeps.spec_faults import ByType, Mistake, Section, did_you_mean, one_of, refusal, refuse
 from sweeps.spec_sections import Count, Flag, Goal, Seed, in_one
@@ -23,9 +32,6 @@ DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 
 Format = Literal["text", "completion", "messages"]
-
-COLUMNS = ("text", "prompt", "completion", "messages")
-"""What a column of samples can mean."""
 
 
 def in_directory(directory: Path) -> dict[str, Any]:
@@ -65,8 +71,11 @@ class DigitsTask(Section):
     """Seed of the frozen network that the adapters are put on."""
 
 
-class TextData(Section):
-    """Where samples come from, and what they look like."""
+class DataSource(Section):
+    """Where samples come from."""
+
+    meanings: ClassVar[tuple[str, ...]] = ()
+    """What a column of samples can mean."""
 
     train: _Place = Field(examples=["train.jsonl"])
     """A JSONL, JSON, CSV, TSV or Parquet file; or a directory or the id of a data set, as Hugging Face datasets loads
@@ -80,18 +89,15 @@ class TextData(Section):
     where it is written, else 0.1."""
     eval_split: _Text | None = None
     """Split to evaluate on: of eval where that is a data set, else of train."""
-    format: Format | None = None
-    """What a sample is made of: text; completion, a prompt and its completion; or messages, a chat that the tokenizer's
-    template turns into text. null: as the columns say, messages before completion before text."""
     columns: dict[str, _Text] = Field(default_factory=dict)
-    """Columns that go by other names in the data, such as {prompt: question, completion: answer}."""
+    """Columns that go by other names in the data."""
 
     @field_validator("columns")
     @classmethod
     def _are_known(cls, columns: dict[str, str]) -> dict[str, str]:
-        unknown = [name for name in columns if name not in COLUMNS]
+        unknown = [name for name in columns if name not in cls.meanings]
         if unknown:
-            raise refusal(Mistake((n,), one_of(COLUMNS), n, did_you_mean(n, COLUMNS)) for n in unknown)
+            raise refusal(Mistake((n,), one_of(cls.meanings), n, did_you_mean(n, cls.meanings)) for n in unknown)
         return columns
 
     @field_validator("eval_split")
@@ -102,7 +108,50 @@ class TextData(Section):
         return eval_split
 
 
-class CausalLmTask(Section):
+class TextData(DataSource):
+    """Where samples come from, and what they look like."""
+
+    meanings: ClassVar[tuple[str, ...]] = ("text", "prompt", "completion", "messages")
+
+    columns: dict[str, _Text] = Field(default_factory=dict)
+    """Columns that go by other names in the data, such as {prompt: question, completion: answer}."""
+    format: Format | None = None
+    """What a sample is made of: text; completion, a prompt and its completion; or messages, a chat that the tokenizer's
+    template turns into text. null: as the columns say, messages before completion before text."""
+
+
+class LabelledData(DataSource):
+    """Where samples come from: the columns text and label, and text_pair where a sample is two texts."""
+
+    meanings: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    columns: dict[str, _Text] = Field(default_factory=dict)
+    """Columns that go by other names in the data, such as {text: premise, text_pair: hypothesis}."""
+
+
+class ModelTask(Section):
+    """What all tasks over a model of Hugging Face transformers have."""
+
+    type: str
+    """The name of the task."""
+    model: _Place = Field(examples=["./model"])
+    """Directory of a model and its tokenizer, or their id on the Hugging Face hub. Weights are read from safetensors,
+    and code that comes with a model is never run."""
+    revision: _Text | None = None
+    """Branch, tag or commit of a model on the hub."""
+    data: DataSource = Field(examples=[{"train": "train.jsonl"}])
+    """Where samples come from, and what they look like."""
+    max_length: Count | None = None
+    """The most tokens of a sample; null: 1024, or what the model has positions for if that is less."""
+    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What happens to longer samples."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Implementation of attention; auto: what transformers takes."""
+    gradient_checkpointing: Flag = False
+    """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
+
+
+class CausalLmTask(ModelTask):
     """Fine-tunes a causal language model of Hugging Face transformers on text."""
 
     metrics: ClassVar[Mapping[str, Goal]] = {"eval/loss": "minimize", "eval/perplexity": "minimize"}
@@ -114,32 +163,75 @@ class CausalLmTask(Section):
 
     type: Literal["causal_lm"]
     """The name of the task."""
-    model: _Place = Field(examples=["./model"])
-    """Directory of a model and its tokenizer, or their id on the Hugging Face hub. Weights are read from safetensors,
-    and code that comes with a model is never run."""
-    revision: _Text | None = None
-    """Branch, tag or commit of a model on the hub."""
     data: TextData = Field(examples=[{"train": "train.jsonl"}])
     """Where samples come from, and what they look like."""
     loss: Literal["all", "completion"] = "all"
     """Which tokens are learned: all of them, or the completions alone (in chats: what the assistant says)."""
-    max_length: Count | None = None
-    """The most tokens of a sample; null: 1024, or what the model has positions for if that is less."""
-    too_long: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What happens to longer samples."""
     packing: Flag = False
     """Put several short samples into one row of max_length tokens, where they do not see each other; batch_size then
     counts rows. Otherwise a row is a sample, padded to the longest of its batch."""
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """Implementation of attention; auto: what transformers takes."""
-    gradient_checkpointing: Flag = False
-    """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
 
     @model_validator(mode="after")
     def _knows_completions(self) -> Self:
         if self.loss == "completion" and self.data.format == "text":
             raise refuse("all, for samples of text have no completions", self.loss, path=("loss",))
         return self
+
+
+def label_name(value: object) -> str | None:
+    """Returns the name of a label: text as it is, 3 as 3, true as true; None for what is no label."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case int():
+            return str(value)
+        case str() if value:
+            return value
+        case _:
+            return None
+
+
+def _read_label(raw: object) -> str:
+    if (name := label_name(raw)) is None:
+        raise refuse("a label: text, an integer, true or false", raw)
+    return name
+
+
+_LABEL_SCHEMA = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "integer"}, {"type": "boolean"}]}
+_Label = Annotated[str, BeforeValidator(_read_label), WithJsonSchema(_LABEL_SCHEMA)]
+
+
+class SequenceClassificationTask(ModelTask):
+    """Fine-tunes a model of Hugging Face transformers, with a head on it, to classify texts or pairs of texts."""
+
+    metrics: ClassVar[Mapping[str, Goal]] = {
+        "eval/loss": "minimize",
+        "eval/accuracy": "maximize",
+        "eval/macro_f1": "maximize",
+    }
+    """What the task reports, and which way is better."""
+    log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
+    """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+
+    type: Literal["sequence_classification"]
+    """The name of the task."""
+    data: LabelledData = Field(examples=[{"train": "train.jsonl"}])
+    """Where samples come from, and what they look like."""
+    labels: Annotated[tuple[_Label, ...], Field(json_schema_extra={"minItems": 2})] | None = None
+    """Names of the classes, in the order of their ids. null: those of the data set; or of a model that was fine-tuned
+    for what the samples are labelled with; or else the labels of the samples, sorted."""
+    head: Annotated[tuple[_Text, ...], Field(min_length=1)] | None = None
+    """Names of the modules that are trained whole, beside the adapters; null: classifier or score, as PEFT has it."""
+
+    @field_validator("labels")
+    @classmethod
+    def _are_distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is not None and len(labels) < 2:
+            raise refuse("two labels or more", list(labels))
+        for i, label in enumerate(labels or ()):
+            if labels is not None and label in labels[:i]:
+                raise refuse("each label once", label, path=(i,))
+        return labels
 
 
 _LOSS_ALONE: dict[str, Goal] = {"eval/loss": "minimize"}
@@ -185,5 +277,5 @@ class PythonTask(Section):
         return options
 
 
-Task = Annotated[CausalLmTask | PythonTask | DigitsTask, ByType()]
+Task = Annotated[CausalLmTask | SequenceClassificationTask | PythonTask | DigitsTask, ByType()]
 """Another task is one more model here."""

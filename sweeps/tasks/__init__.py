@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sweeps.spec import SweepSpec
-from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask
+from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, SequenceClassificationTask
 from sweeps.tasks.protocol import Task
 
 __all__ = ["Task", "load_task"]
@@ -38,6 +38,10 @@ def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
             from sweeps.tasks.causal_lm import CausalLmTask as CausalLm
 
             return CausalLm.load(section, cache=cache, device=device, dtype=dtype)
+        case SequenceClassificationTask() as section:
+            from sweeps.tasks.sequence_classification import SequenceClassificationTask as Classification
+
+            return Classification.load(section, cache=cache, device=device, dtype=dtype, seed=spec.train.seed)
         case PythonTask() as section:
             from sweeps.tasks.entrypoint import load_entrypoint
 

@@ -16,22 +16,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask as Section
-from sweeps.tasks.pretrained import load_causal_lm, load_tokenizer, most_positions, vocabulary
-from sweeps.tasks.samples import Samples, load_samples
+from sweeps.tasks.pretrained import check_vocabulary, load_causal_lm, load_tokenizer, most_positions, vocabulary
+from sweeps.tasks.samples import load_samples
 from sweeps.tasks.tokens import Batch, Rows, Tokens, tokenise
-
-_DEFAULT_LENGTH = 1024
-_DEFAULT_SHARE = 0.1
-_SPLIT_SEED = 0
-
-_BUCKET = 8
-"""Widths of batches are multiples of this: kernels like them, and there are few."""
+from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, within
 
 _EVAL_TOKENS = 2048
 """Tokens of a member that are evaluated at once; a longer row goes alone."""
@@ -57,19 +50,16 @@ class CausalLmTask:
         Raises:
             TaskError: the model or the data do not have what the section asks for.
         """
-        most = _most_tokens(section)
+        most = most_tokens(section, most_positions(section))
         tokenizer = load_tokenizer(section.model, section.revision)
-        train, held_out = _samples(section)
+        train, held_out = load_samples(section.data)
         only = section.loss == "completion"
         tokens = [
             _fitting(tokenise(each, tokenizer, completion_only=only, cache=cache), section, most)
             for each in (train, held_out)
         ]
         model = load_causal_lm(section, device=device, dtype=dtype)
-        largest, known = max(int(each.ids_T.max()) for each in tokens), vocabulary(model)
-        if largest >= known:
-            found = f"token {largest}, and a model that knows {known}"
-            raise TaskError("model", "a tokenizer that is the model's own", found)
+        check_vocabulary(model, max(int(each.ids_T.max()) for each in tokens))
         if section.packing:
             _check_apart(model, section)
             rows = Rows.packed_into(tokens[0], most)
@@ -91,12 +81,11 @@ class CausalLmTask:
 
     def most_rows(self, batch_size: int) -> int:
         """Tokens of the widest batch, in training or in evaluation."""
-        train, held_out = (_padded(int(rows.widths_R.max())) for rows in (self._train, self._held_out))
-        return max(batch_size * train, held_out, min(_EVAL_TOKENS, len(self._held_out) * held_out))
+        return most_rows(self._train.widths_R, self._held_out.widths_R, batch_size, _EVAL_TOKENS)
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean of each member's losses over the learned tokens of the batch [K], in nats."""
-        batch = self._train.batch(indices.tolist(), multiple=_BUCKET)
+        batch = self._train.batch(indices.tolist(), multiple=BUCKET)
         nats_KNW, learned = self._nats_KNW(batch, members)
         return nats_KNW.sum(dim=(1, 2)) / learned
 
@@ -105,7 +94,7 @@ class CausalLmTask:
         """Mean nats a learned token of the held-out set, and their exponential, of each member."""
         sums_K, learned = torch.zeros(members, dtype=torch.float64, device=self._device), 0
         for indices in self._chunks():
-            nats_KNW, in_chunk = self._nats_KNW(self._held_out.batch(indices, multiple=_BUCKET), members)
+            nats_KNW, in_chunk = self._nats_KNW(self._held_out.batch(indices, multiple=BUCKET), members)
             sums_K += nats_KNW.double().sum(dim=(1, 2))
             learned += in_chunk
         means = (sums_K / learned).tolist()
@@ -126,58 +115,14 @@ class CausalLmTask:
 
     def _chunks(self) -> list[list[int]]:
         """Rows that are evaluated at once."""
-        chunks: list[list[int]] = []
-        widths = self._held_out.widths_R.tolist()  # ascending
-        for row, width in enumerate(widths):
-            if not chunks or (len(chunks[-1]) + 1) * _padded(width) > _EVAL_TOKENS:
-                chunks.append([])
-            chunks[-1].append(row)
-        return chunks
-
-
-def _padded(width: int) -> int:
-    return -(-width // _BUCKET) * _BUCKET
-
-
-def _most_tokens(section: Section) -> int:
-    positions = most_positions(section)
-    if section.max_length is None:
-        return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
-    if positions is not None and section.max_length > positions:
-        required = f"at most {positions}, the positions that the model has"
-        raise TaskError("max_length", required, str(section.max_length))
-    return section.max_length
-
-
-def _samples(section: Section) -> tuple[Samples, Samples]:
-    """Those to train on, and those to evaluate on."""
-    train = load_samples(section.data, held_out=False)
-    assert train is not None
-    held_out = load_samples(section.data, held_out=True)
-    if held_out is not None:
-        return train, held_out
-    if len(train) < 2:
-        found = f"one in {train.source}"
-        raise TaskError("data.train", "two samples or more, for a share of them is held out", found, "name data.eval")
-    share = section.data.eval if isinstance(section.data.eval, float) else _DEFAULT_SHARE
-    n_held_out = min(len(train) - 1, max(1, round(share * len(train))))
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(train)).tolist()
-    return train.take(sorted(order[n_held_out:])), train.take(sorted(order[:n_held_out]))
+        return chunks(self._held_out.widths_R, _EVAL_TOKENS)
 
 
 def _fitting(tokens: Tokens, section: Section, most: int) -> Tokens:
     """The samples that fit, each with something to learn."""
-    lengths = tokens.lengths_S
-    if n_long := int((lengths > most).sum()):
-        if section.too_long == "refuse":
-            found = f"{n_long:,} of {len(tokens):,} samples longer than {most}, the longest {int(lengths.max()):,}"
-            way_out = "raise it, or write too_long: truncate or too_long: drop"
-            raise TaskError("max_length", "room for every sample", found, way_out)
-        short = (lengths <= most).nonzero().flatten().tolist()
-        kept = short if section.too_long == "drop" else range(len(tokens))
-        if not kept:
-            raise TaskError("max_length", "room for some sample", f"all {n_long:,} longer than {most}")
-        tokens = tokens.take(list(kept), most=most)
+    short = within(tokens.lengths_S, section, most)
+    if len(short) < len(tokens):
+        tokens = tokens.take(short) if section.too_long == "drop" else tokens.take(range(len(tokens)), most=most)
     learned = torch.cat([torch.zeros(1, dtype=torch.int64), tokens.learned_T.cumsum(0)])[tokens.starts_S].diff()
     if n_empty := int((learned == 0).sum()):
         first = int((learned == 0).nonzero()[0]) + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +18,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sweeps.errors import TaskError
-from sweeps.spec_tasks import CausalLmTask
+from sweeps.spec_tasks import CausalLmTask, ModelTask
 
 _Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of model.
+
+    Attributes:
+        words: what it is, for messages.
+        loader: transformers' class that loads it.
+        table: transformers' table of the model types that there are of it.
+    """
+
+    words: str
+    loader: str
+    table: str
+
+
+CAUSAL_LM = Kind("a causal language model", "AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+CLASSIFIER = Kind(
+    "a model that transformers can put a classification head on",
+    "AutoModelForSequenceClassification",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+)
 
 
 def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -28,28 +52,68 @@ def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.
     Raises:
         TaskError: there is none, it cannot be loaded as it is, or it has not what the section asks for.
     """
-    transformers = _transformers()
+    load_config(section, CAUSAL_LM)
+    model: nn.Module = load_model(section, CAUSAL_LM, dtype=dtype)
+    return frozen(model, section, device)
+
+
+def load_config(section: ModelTask, kind: Kind) -> Any:
+    """Loads a model's config.
+
+    Raises:
+        TaskError: there is none, or the model is of another kind.
+    """
+    config = _loaded(section.model, partial(_config, section), kind.words)
+    if config.model_type not in getattr(_transformers().models.auto.modeling_auto, kind.table):
+        raise TaskError("model", kind.words, f"{section.model} is a {config.model_type} model")
+    return config
+
+
+def load_model(section: ModelTask, kind: Kind, *, dtype: torch.dtype, **more: Any) -> Any:
+    """Loads a model as it is, on the CPU.
+
+    Args:
+        section: which one.
+        kind: of which kind.
+        dtype: of its weights.
+        more: what else transformers is told.
+
+    Raises:
+        TaskError: there is none, it cannot be loaded, or its attention does not run here.
+    """
     how = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     load = partial(
-        transformers.AutoModelForCausalLM.from_pretrained,
+        getattr(_transformers(), kind.loader).from_pretrained,
         section.model,
         revision=section.revision or "main",
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         **how,
+        **more,
     )
-    config = _loaded(section.model, partial(_config, section), "a causal language model")
-    if config.model_type not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise TaskError("model", "a causal language model", f"{section.model} is a {config.model_type} model")
     try:
-        model: nn.Module = _loaded(section.model, load, "a causal language model with weights in safetensors")
+        return _loaded(section.model, load, f"{kind.words} with weights in safetensors")
     except (ImportError, NotImplementedError) as error:
         raise TaskError("attention", "an attention that runs here", _first_line(error), "leave it at auto") from None
+
+
+def frozen(model: nn.Module, section: ModelTask, device: torch.device) -> nn.Module:
+    """Puts a model on a device, frozen and without dropout, its layers checkpointed if the section asks for it.
+
+    Raises:
+        TaskError: it has no layers that could be checkpointed.
+    """
     model = model.to(device).requires_grad_(False).eval()
     if section.gradient_checkpointing:
         _checkpoint_layers(model)
     return model
+
+
+def without_weights(config: Any, kind: Kind) -> Any:
+    """The model of a config, all of it but values."""
+    with torch.device("meta"):
+        return getattr(_transformers(), kind.loader).from_config(config)
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
@@ -61,14 +125,31 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     load = partial(
         _transformers().AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False
     )
-    return _loaded(name, load, "a model with its tokenizer beside it")
+    tokenizer = _loaded(name, load, (required := "a model with its tokenizer beside it"))
+    # Where its files are missing, transformers makes some models' tokenizers up: out of special tokens, and a T5's of a
+    # space too.
+    special = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if tokenizer.is_fast and len(tokenizer.get_vocab().keys() - special) < 2:
+        raise TaskError("model", required, f"no tokenizer in {name}")
+    return tokenizer
 
 
-def most_positions(section: CausalLmTask) -> int | None:
+def most_positions(section: ModelTask) -> int | None:
     """The longest sample that a model has positions for, as its config says; None where it does not say."""
     config = _loaded(section.model, partial(_config, section), "a causal language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def check_vocabulary(model: nn.Module, token: int) -> None:
+    """Checks that a model knows a token, the largest of those that its tokenizer made.
+
+    Raises:
+        TaskError: it does not.
+    """
+    if token >= (known := vocabulary(model)):
+        found = f"token {token}, and a model that knows {known}"
+        raise TaskError("model", "a tokenizer that is the model's own", found)
 
 
 def vocabulary(model: nn.Module) -> int:
@@ -88,7 +169,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _config(section: CausalLmTask) -> Any:
+def _config(section: ModelTask) -> Any:
     load = _transformers().AutoConfig.from_pretrained
     return load(section.model, revision=section.revision or "main", trust_remote_code=False)
 
@@ -123,13 +204,25 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Lets transformers warn of nothing."""
+    logging = _transformers().utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _checkpoint_layers(model: nn.Module) -> None:
     # transformers' own switch is on in training mode only, which would switch the base model's dropout on too.
-    layers = [module for module in model.modules() if _is_layer(module)]
+    layers = [module for module in model.modules() if is_layer(module)]
     if not layers:
         required = "a model whose layers transformers can checkpoint"
         raise TaskError("gradient_checkpointing", required, type(model).__name__, "set it to false")
@@ -137,7 +230,8 @@ def _checkpoint_layers(model: nn.Module) -> None:
         layer.forward = partial(_checkpointed, layer.forward)
 
 
-def _is_layer(module: nn.Module) -> bool:
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is one of the layers that a transformer is a stack of."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(module, GradientCheckpointingLayer)

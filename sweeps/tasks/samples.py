@@ -13,13 +13,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
+
+import numpy as np
 
 from sweeps.errors import TaskError
 from sweeps.spec_faults import did_you_mean, one_of
-from sweeps.spec_tasks import DATA_FILES, Format, TextData
+from sweeps.spec_tasks import DATA_FILES, DataSource, Format, LabelledData, TextData, label_name
+
+_DEFAULT_SHARE = 0.1
+_SPLIT_SEED = 0
 
 _COLUMNS_OF: dict[Format, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -35,13 +40,20 @@ class Samples:
 
     Attributes:
         format: what a sample is made of.
-        values: a tuple a sample: (text,), (prompt, completion) or (messages,).
+        values: a tuple a sample: (text,), (prompt, completion) or (messages,); labelled: (text, label) or (text, second
+            text, label), the label as it stands in the data.
         source: where they come from, for messages.
+        key: of the spec, which says where they come from.
+        numbers: each one's place there, counted from 1.
+        label_names: of the ids that labels are, where the data set has them.
     """
 
-    format: Format
+    format: Format | Literal["labelled"]
     values: Sequence[tuple[Any, ...]]
     source: str
+    key: str
+    numbers: Sequence[int]
+    label_names: tuple[str, ...] | None = None
 
     @property
     def sha256(self) -> str:
@@ -56,7 +68,12 @@ class Samples:
 
     def take(self, indices: Sequence[int]) -> Samples:
         """Some of them, in this order."""
-        return Samples(self.format, [self.values[i] for i in indices], self.source)
+        values, numbers = [self.values[i] for i in indices], [self.numbers[i] for i in indices]
+        return replace(self, values=values, numbers=numbers)
+
+    def place(self, index: int) -> str:
+        """Which one it is, for messages."""
+        return f"sample {self.numbers[index]} of {self.source}"
 
 
 @dataclass(frozen=True)
@@ -65,31 +82,34 @@ class _Table:
     columns: tuple[str, ...]
     source: str
     key: str
+    classes: Mapping[str, tuple[str, ...]]
+    """Names of the ids in a column, where a data set has them."""
 
 
-def load_samples(data: TextData, *, held_out: bool) -> Samples | None:
-    """Reads the samples to train on, or those to evaluate on.
-
-    Args:
-        data: the section of the spec.
-        held_out: which of the two; None is returned where they are a share of those to train on.
+def load_samples(data: DataSource) -> tuple[Samples, Samples]:
+    """Reads the samples to train on, and those to evaluate on, which may be a share of them that is held out.
 
     Raises:
         TaskError: no such file, data set, split or column; nothing in it; or something that is no sample.
     """
-    if not held_out:
-        return _samples(_table("train", data.train, data.split, data), data)
+    train = _samples(_table("train", data.train, data.split, data), data)
     if isinstance(data.eval, str):
-        return _samples(_table("eval", data.eval, data.eval_split or data.split, data), data)
+        return train, _samples(_table("eval", data.eval, data.eval_split or data.split, data), data)
     if data.eval_split is not None:
-        return _samples(_table("eval_split", data.train, data.eval_split, data), data)
-    return None
+        return train, _samples(_table("eval_split", data.train, data.eval_split, data), data)
+    if len(train) < 2:
+        found = f"one in {train.source}"
+        raise TaskError("data.train", "two samples or more, for a share of them is held out", found, "name data.eval")
+    share = data.eval if isinstance(data.eval, float) else _DEFAULT_SHARE
+    n_held_out = min(len(train) - 1, max(1, round(share * len(train))))
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(train)).tolist()
+    return train.take(sorted(order[n_held_out:])), train.take(sorted(order[:n_held_out]))
 
 
 # -- where they are ----------------------------------------------------------------------------------------------------
 
 
-def _table(key: str, place: str, split: str, data: TextData) -> _Table:
+def _table(key: str, place: str, split: str, data: DataSource) -> _Table:
     path = Path(place)
     if os.path.isfile(place):
         table = _read_file(key, path)
@@ -118,7 +138,7 @@ def _read_file(key: str, path: Path) -> _Table:
     except (ValueError, OSError, csv.Error) as error:
         raise TaskError(f"data.{key}", f"a {path.suffix.lower()[1:]} file", f"{path}: {error}") from None
     columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return _Table(rows, columns, str(path), key)
+    return _Table(rows, columns, str(path), key, {})
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
@@ -168,7 +188,7 @@ _READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
 }
 
 
-def _read_data_set(key: str, place: str, split: str, data: TextData) -> _Table:
+def _read_data_set(key: str, place: str, split: str, data: DataSource) -> _Table:
     try:
         import datasets
     except ImportError:
@@ -188,7 +208,9 @@ def _read_data_set(key: str, place: str, split: str, data: TextData) -> _Table:
         where = "data.eval_split" if key != "train" else "data.split"
         raise TaskError(where, f"a split of {place}: {one_of(splits)}", split, did_you_mean(split, splits))
     table = splits[split]
-    return _Table(table, tuple(table.column_names), f"{place}, split {split}", key)
+    features = table.features.items()
+    classes = {name: tuple(kind.names) for name, kind in features if isinstance(kind, datasets.ClassLabel)}
+    return _Table(table, tuple(table.column_names), f"{place}, split {split}", key, classes)
 
 
 def _first_line(error: Exception) -> str:
@@ -198,21 +220,30 @@ def _first_line(error: Exception) -> str:
 # -- what they are -----------------------------------------------------------------------------------------------------
 
 
-def _samples(table: _Table, data: TextData) -> Samples:
-    form = data.format or _format_of(table, data)
-    names = [data.columns.get(column, column) for column in _COLUMNS_OF[form]]
+def _samples(table: _Table, data: DataSource) -> Samples:
+    form: Format | Literal["labelled"]
+    if isinstance(data, LabelledData):
+        form, columns = "labelled", _labelled_columns(table, data)
+    else:
+        assert isinstance(data, TextData)
+        form = data.format or _format_of(table, data)
+        columns = _COLUMNS_OF[form]
+    names = [data.columns.get(column, column) for column in columns]
     if missing := [name for name in names if name not in table.columns]:
         raise _no_columns(f"the column {' and the column '.join(missing)}", table)
-    check = _check_messages if form == "messages" else _check_text
+    check = _check_labelled if form == "labelled" else _check_unlabelled
     values = []
     for number, row in enumerate(table.rows, start=1):
-        for name in names:
-            if (wrong := check(row.get(name))) is not None:
+        for name, column in zip(names, columns, strict=True):
+            if (wrong := check(column, row.get(name))) is not None:
                 required, found = wrong
                 where = f"sample {number} of {table.source}"
                 raise TaskError(f"data.{table.key}", f"{required} in the column {name}", f"{found} in {where}")
         values.append(tuple(row[name] for name in names))
-    return Samples(form, values, table.source)
+    classes = table.classes.get(data.columns.get("label", "label")) if form == "labelled" else None
+    if classes is not None:
+        values = [(*texts, classes[label] if label in range(len(classes)) else label) for *texts, label in values]
+    return Samples(form, values, table.source, f"data.{table.key}", range(1, len(values) + 1), classes)
 
 
 def _format_of(table: _Table, data: TextData) -> Format:
@@ -222,21 +253,34 @@ def _format_of(table: _Table, data: TextData) -> Format:
     raise _no_columns("columns text, or prompt and completion, or messages", table)
 
 
+def _labelled_columns(table: _Table, data: LabelledData) -> tuple[str, ...]:
+    """A second text where there is one, or where the spec says that there is."""
+    has_pairs = "text_pair" in data.columns or "text_pair" in table.columns
+    return ("text", "text_pair", "label") if has_pairs else ("text", "label")
+
+
 def _no_columns(required: str, table: _Table) -> TaskError:
     found = f"{', '.join(table.columns) or 'none'} in {table.source}"
     return TaskError("data.columns", required, found, "say which column it is, such as {text: content}")
 
 
-def _check_text(value: object) -> tuple[str, str] | None:
+def _check_unlabelled(column: str, value: object) -> tuple[str, str] | None:
     """What was required and what was found, where it is not that."""
-    return None if isinstance(value, str) else ("text", _kind(value))
-
-
-def _check_messages(value: object) -> tuple[str, str] | None:
+    if column != "messages":
+        return None if isinstance(value, str) else ("text", _kind(value))
     if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value):
         return None
     return "a list of messages, each with role and content,", _kind(value)
 
 
+def _check_labelled(column: str, value: object) -> tuple[str, str] | None:
+    """What was required and what was found, where it is not that."""
+    if column == "label":
+        return None if label_name(value) is not None else ("a label, which is text or an integer,", _kind(value))
+    return None if isinstance(value, str) and value.strip() else ("text that is not empty", _kind(value))
+
+
 def _kind(value: object) -> str:
+    if isinstance(value, str) and not value.strip():
+        return "empty text"
     return "nothing" if value is None else "an empty list" if value == [] else f"a value of type {type(value).__name__}"

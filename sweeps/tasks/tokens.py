@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +35,7 @@ from sweeps.tasks.samples import Samples
 _VERSION = 1
 """Of the tokens that are made of a sample: caches of another one are not read."""
 
-_AT_ONCE = 1000
+AT_ONCE = 1000
 """Samples that a tokenizer is given at once."""
 
 
@@ -65,12 +65,17 @@ class Tokens:
 
     def take(self, indices: Sequence[int], *, most: int | None = None) -> Tokens:
         """Some of the samples, in this order, cut to so many tokens."""
-        spans = [(int(self.starts_S[i]), int(self.starts_S[i + 1])) for i in indices]
-        if most is not None:
-            spans = [(start, min(stop, start + most)) for start, stop in spans]
-        starts = torch.tensor([0, *(stop - start for start, stop in spans)]).cumsum(0)
-        ids, learned = ([flat[start:stop] for start, stop in spans] for flat in (self.ids_T, self.learned_T))
-        return Tokens(torch.cat(ids), torch.cat(learned), starts)
+        starts, ids, learned = taken(self.starts_S, indices, self.ids_T, self.learned_T, most=most)
+        return Tokens(ids, learned, starts)
+
+
+def taken(starts_S: Tensor, indices: Sequence[int], *flats_T: Tensor, most: int | None = None) -> list[Tensor]:
+    """What begins where, and values of tokens, of some samples: in this order, cut to so many tokens."""
+    spans = [(int(starts_S[i]), int(starts_S[i + 1])) for i in indices]
+    if most is not None:
+        spans = [(start, min(stop, start + most)) for start, stop in spans]
+    starts = torch.tensor([0, *(stop - start for start, stop in spans)]).cumsum(0)
+    return [starts, *(torch.cat([flat[start:stop] for start, stop in spans]) for flat in flats_T)]
 
 
 @dataclass(frozen=True)
@@ -190,28 +195,46 @@ def tokenise(samples: Samples, tokenizer: Any, *, completion_only: bool, cache: 
         found = f"a {type(tokenizer).__name__} without one"
         way_out = "use a model that was made for chats, or give the data a column text"
         raise TaskError("model", f"a tokenizer with a chat template, for {samples.source} has messages", found, way_out)
-    key = f"{_VERSION} {_sha256_of(tokenizer)} {completion_only} {samples.sha256}"
+
+    def make() -> dict[str, Tensor]:
+        tokens = Tokens.of(list(_encode(samples, tokenizer, completion_only=completion_only)))
+        return {"ids": tokens.ids_T, "learned": tokens.learned_T, "starts": tokens.starts_S}
+
+    key = f"{_VERSION} {sha256_of(tokenizer)} {completion_only} {samples.sha256}"
+    tensors = cached(cache, key, ("ids", "learned", "starts"), make)
+    return Tokens(tensors["ids"], tensors["learned"], tensors["starts"])
+
+
+def cached(
+    cache: Path, key: str, names: Collection[str], make: Callable[[], dict[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    """Takes tensors from the cache, or makes them and keeps them there.
+
+    Args:
+        cache: directory.
+        key: of all that they are made of.
+        names: theirs.
+        make: makes them.
+    """
     path = cache / f"tokens-{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    if (kept := _read(path)) is not None:
-        return kept
-    tokens = Tokens.of(list(_encode(samples, tokenizer, completion_only=completion_only)))
-    cache.mkdir(parents=True, exist_ok=True)
-    tensors = {"ids": tokens.ids_T, "learned": tokens.learned_T, "starts": tokens.starts_S}
-    write_atomically(path, safetensors.torch.save(tensors))
-    return tokens
-
-
-def _read(path: Path) -> Tokens | None:
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
-        return Tokens(tensors["ids"], tensors["learned"], tensors["starts"])
-    except (OSError, KeyError, safetensors.SafetensorError):
-        return None  # it can be made again
+        kept: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
+    except (OSError, safetensors.SafetensorError):
+        kept = {}  # it can be made again
+    if kept.keys() == set(names):
+        return kept
+    made = make()
+    cache.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, safetensors.torch.save(made))
+    return made
 
 
-def _sha256_of(tokenizer: Any) -> str:
+def sha256_of(tokenizer: Any) -> str:
+    """Of all of a tokenizer that decides which tokens it makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # How it cut and padded last: each call says that anew.
+    rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
     own = [type(tokenizer).__name__, rules, tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -220,18 +243,16 @@ _Encoded = tuple[list[int], list[bool]]
 
 
 def _encode(samples: Samples, tokenizer: Any, *, completion_only: bool) -> Iterator[_Encoded]:
-    for start in range(0, len(samples), _AT_ONCE):
-        values = samples.values[start : start + _AT_ONCE]
+    for start in range(0, len(samples), AT_ONCE):
+        values = samples.values[start : start + AT_ONCE]
         match samples.format:
             case "text":
                 yield from (_all(ids) for ids in _ended(_ids(tokenizer, [text for (text,) in values]), tokenizer))
             case "completion":
                 yield from _encode_completions(values, tokenizer, completion_only=completion_only)
             case "messages":
-                for number, (messages,) in enumerate(values, start=start + 1):
-                    yield _encode_chat(
-                        messages, tokenizer, f"sample {number} of {samples.source}", completion_only=completion_only
-                    )
+                for index, (messages,) in enumerate(values, start=start):
+                    yield _encode_chat(messages, tokenizer, samples.place(index), completion_only=completion_only)
 
 
 def _encode_completions(

@@ -258,6 +258,7 @@ def test_what_an_optimizer_is_built_with_is_what_is_written_else_its_default(tra
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 _LM = "type: causal_lm, model: x, data: {train: x}"
+_CLS = "type: sequence_classification, model: x, data: {train: x}"
 
 _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     # names and shapes
@@ -291,6 +292,15 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
         2,
         "task.loss",
         "all, for samples of text have no completions; found 'completion'",
+    ),
+    ({"task": f"{{{_CLS}, labels: [a]}}"}, 2, "task.labels", "two labels or more; found ['a']"),
+    ({"task": f"{{{_CLS}, labels: [1, b, '1']}}"}, 2, "task.labels[2]", "each label once; found '1'"),
+    ({"task": f"{{{_CLS}, labels: [a, 0.5]}}"}, 2, "task.labels[1]", "an integer, true or false; found 0.5"),
+    (
+        {"task": "{type: sequence_classification, model: x, data: {train: x, columns: {lable: a}}}"},
+        2,
+        "task.data.columns.lable",
+        "one of text, text_pair or label; found lable; did you mean 'label'?",
     ),
     (
         {"task": "{type: causal_lm, model: x, data: {train: x, columns: {promt: a}}}"},
@@ -564,7 +574,11 @@ def _validator() -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-_TASKS = ("{type: causal_lm, model: x, data: {train: x, eval: 0.2}}", "{type: python, entrypoint: 'a.b:c', path: src}")
+_TASKS = (
+    "{type: causal_lm, model: x, data: {train: x, eval: 0.2}}",
+    "{type: sequence_classification, model: x, data: {train: x}, labels: [a, 1, true], head: [score]}",
+    "{type: python, entrypoint: 'a.b:c', path: src}",
+)
 
 
 def test_paths_start_from_the_specs_directory_and_ids_stay_ids(tmp_path: Path) -> None:
@@ -584,7 +598,7 @@ def test_paths_start_from_the_specs_directory_and_ids_stay_ids(tmp_path: Path) -
 @pytest.mark.parametrize(
     "text",
     [template(), EXAMPLE.read_text(), _text(), *(_text(task=task) for task in _TASKS)],
-    ids=["template", "example", "shortest", "causal_lm", "python"],
+    ids=["template", "example", "shortest", "causal_lm", "sequence_classification", "python"],
 )
 def test_schema_and_parser_accept_the_same_specs(text: str) -> None:
     _validator().validate(read_yaml(text, "f").value)

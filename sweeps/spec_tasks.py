@@ -212,6 +212,8 @@ class SequenceClassificationTask(ModelTask):
     """What the task reports, and which way is better."""
     log_metrics: ClassVar[frozenset[str]] = frozenset({"eval/loss"})
     """Those that are positive and spread over orders of magnitude: a Gaussian process models their logarithm."""
+    trains_head: ClassVar[bool | None] = True
+    """Whether the task trains something whole beside the adapters."""
 
     type: Literal["sequence_classification"]
     """The name of the task."""

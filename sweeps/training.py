@@ -55,7 +55,7 @@ class JobRunner:
         return JobResult(job=order.job, members=members, setup_s=setup_s, train_s=train_s, eval_s=eval_s)
 
     def _task(self, spec: SweepSpec, cache: Path) -> Task:
-        key = f"{spec.task.model_dump_json()} {spec.train.dtype}"
+        key = f"{spec.task.model_dump_json()} {spec.train.dtype} {spec.train.seed}"
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = (key, load_task(spec, cache=cache, device=device_here()))
         return self._loaded[1]

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class Task(Protocol):
-    """What training asks of a task. Every method treats the pack's rows as member-major: member 0's rows first."""
+    """What training asks of a task. Every method treats the pack's rows as member-major: member 0's rows first.
+
+    A task may also have `heads`, a sequence of strings: names of modules of its model that each member trains whole,
+    with the learning rate `parameters.head_lr`.
+    """
 
     @property
     def model(self) -> nn.Module:

@@ -189,7 +189,7 @@ task:
   {{type: sequence_classification, model: "{model}", {task + ", " if task else ""}
   data: {{{data}}}}}
 lora: {{target_modules: {targets}}}
-parameters: {{rank: {{values: [2, 4]}}, lr: {{min: 1e-4, max: 1e-1}}, alpha: 16}}
+parameters: {{rank: {{values: [2, 4]}}, lr: {{min: 1e-4, max: 1e-1}}, alpha: 16, head_lr: {{min: 1e-4, max: 1e-1}}}}
 train: {{{body}}}
 search: {{trials: 4, pruner: {{type: none}}}}
 certify: {{steps: 6}}

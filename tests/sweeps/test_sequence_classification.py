@@ -16,9 +16,11 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_core.adapter import LoraBank, Member
+from lora_core.adapter import Member
+from lora_core.optimizers import PackOptimizer
 from sweeps.errors import SpecError
 from sweeps.preflight import preflight
+from sweeps.recipe import bank_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SpecDocument
@@ -107,7 +109,7 @@ def naive_loss(model: Any, samples: Sequence[tuple[list[int], list[int], int]]) 
     return sum(losses) / len(losses)
 
 
-POINTS = [Configuration(rank=rank, alpha=16.0, lr=lr) for rank, lr in ((2, 1e-2), (4, 3e-3), (2, 1e-3))]
+POINTS = [Configuration(rank, 16.0, lr, head_lr=3 * lr) for rank, lr in ((2, 1e-2), (4, 3e-3), (2, 1e-3))]
 
 
 def members_of(document: SpecDocument, points: Sequence[Configuration]) -> list[Member]:
@@ -139,8 +141,8 @@ def test_a_member_has_the_loss_and_gradient_that_it_has_alone(
 ):
     document = document_of(models, kind, singles, dtype=dtype)
     task, members = load(document), members_of(document, POINTS)
-    targets, batch = document.spec.lora.target_modules, torch.tensor([7, 0, 3, 1])
-    with LoraBank.attach(task.model, targets, members) as bank:
+    batch = torch.tensor([7, 0, 3, 1])
+    with bank_of(document.spec, task, members) as bank:
         for k, slot in ((k, slot) for k in range(3) for slot in bank.slots):
             generator = torch.Generator().manual_seed(k)
             slot.of_member(bank.params_KP[k], members[k].point.rank).normal_(generator=generator, std=0.05)
@@ -152,7 +154,7 @@ def test_a_member_has_the_loss_and_gradient_that_it_has_alone(
         slots = bank.slots
     assert len({round(loss, 6) for loss in losses.tolist()}) == 3
     for k, member in enumerate(members):
-        with LoraBank.attach(task.model, targets, [member]) as alone:
+        with bank_of(document.spec, task, [member]) as alone:
             alone.load_adapter(0, adapters[k])
             loss = task.losses_K(batch, members=1)
             loss.sum().backward()
@@ -181,7 +183,7 @@ def test_gradient_checkpointing_changes_no_bit_of_losses_and_gradients(models: d
     for task in ("gradient_checkpointing: false", "gradient_checkpointing: true"):
         document = document_of(models, "roberta", singles, task)
         loaded = load(document)
-        with LoraBank.attach(loaded.model, "all-linear", members_of(document, POINTS)) as bank:
+        with bank_of(document.spec, loaded, members_of(document, POINTS)) as bank:
             bank.params_KP.add_(0.01)
             losses = loaded.losses_K(torch.arange(4), members=3)
             losses.sum().backward()
@@ -442,23 +444,28 @@ def test_a_saved_model_knows_its_labels_and_its_padding(models: dict[str, Path],
     assert config["pad_token_id"] == 0  # the end-of-sequence token, for it has no other
 
 
-def test_training_the_head_and_adapters_lowers_the_loss(models: dict[str, Path], singles: str, load):
-    """The head is trained here as whoever trains it will do it: whole, beside an adapter, at its own rate."""
-    document = document_of(models, "roberta", singles)
-    task = load(document)
-    with LoraBank.attach(task.model, "all-linear", members_of(document, POINTS[:1])) as bank:
-        head = [p.requires_grad_() for name in task.heads for p in task.model.get_submodule(name).parameters()]
-        optimizer = torch.optim.AdamW(head, lr=1e-2)
-        losses = []
-        for _ in range(15):
-            loss = task.losses_K(torch.arange(8), 1).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bank.params_KP.sub_(1e-3 * bank.grads_KP.sign())
-            bank.grads_KP.zero_()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+@pytest.mark.parametrize(("kind", "task"), [("roberta", ""), ("bert-without-pooler", "head: [pooler, classifier]")])
+def test_packed_members_learn_as_they_do_alone_each_with_a_head_of_its_own(
+    models: dict[str, Path], singles: str, load, kind: str, task: str
+):
+    document = document_of(models, kind, singles, task, steps=30, dtype="float64")
+    loaded = load(document)
+
+    def trained(points: Sequence[Configuration]) -> tuple[list[tuple[float, ...]], list[dict[str, torch.Tensor]]]:
+        with bank_of(document.spec, loaded, members_of(document, points)) as bank:
+            assert tuple(bank.heads) == loaded.heads
+            steps = steps_of(document.spec, loaded, PackOptimizer(bank, optimizer_of(document.spec)), start=0, stop=30)
+            return [record.losses for record in steps], [bank.adapter(k) for k in range(len(points))]
+
+    losses, adapters = trained(POINTS)
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    before = head_of(loaded)
+    for k, point in enumerate(POINTS):
+        alone, (adapter,) = trained([point])
+        assert [step[k] for step in losses] == pytest.approx([step[0] for step in alone], rel=1e-9)
+        for name, value in adapter.items():
+            assert torch.allclose(adapters[k][name], value, rtol=1e-7, atol=1e-9)
+        assert all(not torch.equal(adapters[k][name], value) for name, value in before.items())
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from sweeps.space import Configuration
 from sweeps.spec import SweepSpec, parse_spec
 from sweeps.tasks import load_task
 from sweeps.tasks.digits import DigitsTask
-from sweeps.training import JobRunner
+from sweeps.training import JobRunner, _kind
 from tests.support import SMALL_SPEC
 
 GOOD = Configuration(rank=4, alpha=16.0, lr=0.02, init_scale=2.0)
@@ -111,6 +111,13 @@ def test_a_fault_is_part_of_the_result_and_the_worker_goes_on(runner):
     assert broken.error == "error"
     assert "no checkpoint in" in broken.detail
     assert runner(GOOD, worker=worker).error is None
+
+
+def test_memory_that_torch_cannot_have_on_the_cpu_is_told_from_other_errors():
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as full:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _kind(full.value) == "oom"
+    assert _kind(RuntimeError("no such file")) == _kind(ValueError("DefaultCPUAllocator")) == "error"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

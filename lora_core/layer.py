@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lora_core.base import BaseLayer
+from lora_core.base import BaseLayer, autocast_dtype
 from lora_core.dora import DoraProduct, row_norms_KO, row_squares_O
 from lora_core.dropout import Mask
 
@@ -194,8 +194,7 @@ class BankedLinear(BankedLayer):
             ValueError: the leading dimension is not a multiple of K.
         """
         members = self._members_of(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = autocast_dtype(x.device.type) or x.dtype
         bias = self.bias
         x_KMI = x.to(dtype).reshape(members, -1, x.shape[-1])
         arguments = (

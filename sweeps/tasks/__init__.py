@@ -14,7 +14,21 @@ from sweeps.spec import SweepSpec
 from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask
 from sweeps.tasks.protocol import Task
 
-__all__ = ["Task", "load_task"]
+__all__ = ["Task", "base_bytes", "load_task"]
+
+
+def base_bytes(spec: SweepSpec) -> int | None:
+    """Bytes of a task's base model before it is loaded; None where that is not to be known, and no meta device either.
+
+    Raises:
+        TaskError: there is no such model.
+    """
+    match spec.task:
+        case CausalLmTask() as section:
+            from sweeps.tasks import pretrained
+
+            return pretrained.base_bytes(section, getattr(torch, spec.train.dtype))
+    return None
 
 
 def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
@@ -23,7 +37,8 @@ def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
     Args:
         spec: the sweep's spec.
         cache: directory for what is costly to make and can be made again.
-        device: where the model and the data are put.
+        device: where the model and the data are put. On `meta` a task that `base_bytes` knows has its model's structure
+            and no weights: enough to look at the model, and to count memory.
 
     Raises:
         TaskError: the model or the data do not have what the spec asks for.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_core.base import autocast_dtype
 from lora_core.layer import BankedLayer
 
 

@@ -128,17 +128,19 @@ def base_bytes(model: nn.Module) -> int:
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """Does some work and returns the most bytes that lived at once of what was made in it."""
-    with _fused_on_meta(), _AnsweringOnMeta(), _LiveBytes() as live:
+    live = _LiveBytes()
+    with _fused_on_meta(), _AnsweringOnMeta(), live:
         work()
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are made while it is on, from their making until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now = 0
         self._alive: dict[int, weakref.finalize[Any, Any]] = {}
 
     def __torch_dispatch__(

@@ -204,10 +204,8 @@ def _fused_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False,  # the kernel sees for itself
 ) -> Tensor:
-    if enable_gqa:
-        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)  # kernels take one that is added
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

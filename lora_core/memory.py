@@ -168,15 +168,17 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now -= size
 
 
+_ANSWERS = {Tensor.item: 0, Tensor.__int__: 0, Tensor.__float__: 0.0, Tensor.__bool__: False}
+
+
 class _AnsweringOnMeta(TorchFunctionMode):
     """Answers what is read of meta tensors, which have no values."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        reads = func in (Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__)
-        if reads and args[0].is_meta:
-            return False if func is Tensor.__bool__ else 0
+        if func in _ANSWERS and args[0].is_meta:
+            return _ANSWERS[func]
         return func(*args, **(kwargs or {}))
 
 

@@ -87,7 +87,16 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
     Raises:
         SpecError: the model or the data cannot serve the spec.
     """
-    from lora_core.memory import base_bytes  # these load torch, which lighter commands do without
+    from sweeps.training import let_go_of_memory  # loads torch, which lighter commands do without
+
+    try:
+        return _plan_on(document, home, workers, timed)
+    finally:
+        let_go_of_memory()  # the workers may be on the same GPU
+
+
+def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: bool) -> Plan:
+    from lora_core.memory import base_bytes
     from sweeps import preflight
 
     spec, reduction = document.spec, Reduction.of(document.spec)

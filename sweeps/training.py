@@ -43,7 +43,7 @@ class JobRunner:
             kind, detail = _kind(error), hide_passwords(traceback.format_exc())
         # Out of the handler, where the error and with it the frames that hold the pack's tensors are gone.
         if kind == "oom":
-            _let_go_of_memory()
+            let_go_of_memory()
         return JobResult(job=order.job, error=kind, detail=detail)
 
     def _run(self, order: JobOrder) -> JobResult:
@@ -145,8 +145,8 @@ def _kind(error: Exception) -> JobErrorKind:
     return "oom" if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OOM_SIGNS) else "error"
 
 
-def _let_go_of_memory() -> None:
-    """Gives back what a failed job held, so that the next one finds a worker as a fresh one would be."""
+def let_go_of_memory() -> None:
+    """Gives back the memory of what is no longer used, a GPU's too, to whoever needs it next."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
 _TIMEOUT_S = 10
 
 
@@ -15,3 +19,24 @@ def hub_reachable() -> bool:
     except Exception:
         return False
     return True
+
+
+@contextmanager
+def offline_unless_reachable(config: ModuleType) -> Iterator[None]:
+    """Has what is cached taken from the cache, at once, where the hub does not answer.
+
+    Args:
+        config: of the package that asks; it has a HF_HUB_OFFLINE of its own beside huggingface_hub's.
+    """
+    import huggingface_hub
+
+    # datasets has no argument for it: under `local_files_only` it still asks for the data set's README.
+    switches = [] if hub_reachable() else [config, huggingface_hub.constants]
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    for switch in switches:
+        switch.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]

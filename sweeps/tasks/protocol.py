@@ -1,4 +1,8 @@
-"""What training asks of a task. docs/tasks.md says it to those who write their own."""
+"""What training asks of a task. docs/tasks.md says it to those who write their own.
+
+A task may also have `lengths_S: Tensor | None`, the rows (tokens) of each training sample [n_samples]: memory is then
+counted on the longest samples, in place of the first batch scaled up to `most_rows`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ class Task(Protocol):
         """All that is trained and evaluated on, by name: what a certificate takes the hash of."""
 
     def most_rows(self, batch_size: int) -> int:
-        """The most rows that a member brings to a layer at once, in training or in evaluation."""
+        """The most rows that a member brings to a layer at once, in training or in evaluation: bounds its memory."""
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean training loss of each member [K], over the same samples for all, with the graph to the adapters.

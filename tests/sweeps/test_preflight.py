@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -279,6 +280,18 @@ def test_a_hub_that_does_not_answer_is_asked_once(texts: str, tmp_path: Path, mo
     with pytest.raises(SpecError, match=r"found nobody/nothing: .*; download it where there is a network"):
         flight.preflight(document, Reduction.of(document.spec), tmp_path, whole=False)
     assert len(asked) <= 3
+
+
+def test_a_data_set_on_a_hub_that_does_not_answer_is_refused_at_once(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    switches = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr("sweeps.tasks.hub.hub_reachable", lambda: False)
+    document = lm_document(llama, "train: nobody/nothing")
+    # Were it asked all the same, this would take half a minute and say something else.
+    with pytest.raises(SpecError, match=r"4: task\.data\.train: .*nobody/nothing: .*Offline"):
+        flight.preflight(document, Reduction.of(document.spec), tmp_path)
+    assert switches == (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
 
 
 # -- adapters that the layers cannot have ------------------------------------------------------------------------------

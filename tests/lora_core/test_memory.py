@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import nn
-from torch.profiler import profile
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.laws import LAWS
 from lora_core.memory import MemberBytes, base_bytes, measure_member, pack_limit, peak_bytes
 from lora_core.optimizers import OptimizerConfig
-from tests.lora_core.support import Pack, make_point
-
-
-def profiled_peak(work: Callable[[], object]) -> int:
-    """The most bytes that the CPU's allocator had given out at once, as the profiler recorded it."""
-    with profile(profile_memory=True) as recorded:
-        work()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+from tests.lora_core.support import Pack, make_point, profiled_peak
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

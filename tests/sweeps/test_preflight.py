@@ -26,7 +26,7 @@ from sweeps.reduction import Reduction
 from sweeps.spec import SpecDocument, SweepSpec, parse_spec
 from sweeps.tasks import Task, load_task
 from sweeps.tasks.hub import hub_reachable
-from tests.lora_core.test_memory import profiled_peak
+from tests.lora_core.support import profiled_peak
 from tests.support import ROOT, run_cli
 from tests.sweeps.hf_support import TEXTS, lm_document, make_gpt2, make_model, make_tokenizer, write_jsonl
 
@@ -81,9 +81,9 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _WithLengths:
-    """A task that tells how long its samples are."""
+    """A task that tells how long its samples are, or does not."""
 
-    def __init__(self, task: Task, lengths_S: torch.Tensor) -> None:
+    def __init__(self, task: Task, lengths_S: torch.Tensor | None) -> None:
         self._task, self.lengths_S = task, lengths_S
 
     def __getattr__(self, name: str) -> Any:
@@ -152,9 +152,9 @@ def test_the_widest_batch_is_that_of_the_longest_samples(llama: Path, texts: str
     indices, widest = flight._widest_batch(spec, _WithLengths(task, lengths_S))
     assert widest
     assert sorted(lengths_S[indices].tolist()) == sorted(lengths_S.tolist())[-3:]
-    assert flight._widest_batch(spec, task)[1] is False
+    assert flight._widest_batch(spec, _WithLengths(task, None))[1] is False
     # Without them, the first batch is scaled to the most rows there can be: close, and on the safe side.
-    exact, scaled = counted(spec, _WithLengths(task, lengths_S)), counted(spec, task)
+    exact, scaled = (counted(spec, _WithLengths(task, lengths)) for lengths in (lengths_S, None))
     assert exact <= scaled <= 1.6 * exact
 
 

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lora_core.base import autocast_dtype
+
 
 class BankedModule(nn.Module):
     """A module with parameters that are views of a bank's storage, and rows that are dealt to its members."""
@@ -37,8 +39,7 @@ class BankedModule(nn.Module):
     @staticmethod
     def _computes_in(x: Tensor) -> torch.dtype:
         """The input's dtype; autocast's, under autocast."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return autocast_dtype(x.device.type) or x.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(device), .half() and the like give parameters a storage of their own: training would go on in the old one,

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -90,6 +91,12 @@ def linear_layers(model: nn.Module) -> dict[str, BaseLayer]:
     """Returns all layers of a model that multiply by a matrix and can carry adapters, by full name and in its order."""
     found = {name: base_layer(module) for name, module in model.named_modules() if name}
     return {name: layer for name, layer in found.items() if layer is not None and layer.kind != "embedding"}
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype that autocast has layers on a kind of device compute in; None where it is off, or there is none."""
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def layer_widths(model: nn.Module, targets: Mapping[str, BaseLayer]) -> dict[str, tuple[int, int]]:

@@ -26,6 +26,7 @@ gauge of powers of two leaves n and g_m as they are, bit for bit, and moves h, u
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def check_rows(weights_OI: Mapping[str, Tensor]) -> None:
         ValueError: a layer's weight has a row of zeros, where PEFT computes 0 / 0.
     """
     for name, weight_OI in weights_OI.items():
+        if weight_OI.is_meta:
+            continue  # it has no values to look at
         if zeros := int((~weight_OI.any(dim=1)).sum()):
             raise ValueError(
                 f"DoRA divides by the norm of each row of a weight; found {zeros} rows of zeros in layer {name!r}: "
@@ -72,7 +75,8 @@ def row_norms_KO(weight_OI: Tensor, squares_O: Tensor, a_KRI: Tensor, b_KRO: Ten
         s_K11: scalings.
     """
     dtype = squares_O.dtype
-    with torch.autocast(weight_OI.device.type, enabled=False):
+    kind = weight_OI.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         a_KRI, b_KRO, s_K1 = a_KRI.to(dtype), b_KRO.to(dtype), s_K11.to(dtype)[:, 0]
         cross_KO = (torch.matmul(a_KRI, weight_OI.to(dtype).mT) * b_KRO).sum(dim=1)
         square_KO = (torch.bmm(torch.bmm(a_KRI, a_KRI.mT), b_KRO) * b_KRO).sum(dim=1)

@@ -86,6 +86,8 @@ class PackDropout:
         return self._q_K11[place]
 
     def _uniform_MI(self, seed: int, layer: str, x_KMI: Tensor) -> Tensor:
+        if x_KMI.is_meta:
+            return torch.rand(x_KMI.shape[1:], device=x_KMI.device)  # which has no generators, and no values
         draws = torch.Generator(x_KMI.device)
         draws.manual_seed(stable_seed("dropout", seed, int(self.batch or 0), layer))
         return torch.rand(x_KMI.shape[1:], generator=draws, device=x_KMI.device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from lora_core.base import autocast_dtype
 from lora_core.layer import BankedLayer
 
 
@@ -77,9 +78,9 @@ class BankedEmbedding(BankedLayer):
         Raises:
             ValueError: the leading dimension is not a multiple of K.
         """
-        members, kind, base = self._members_of(ids), ids.device.type, self.base
+        members, base = self._members_of(ids), self.base
         assert isinstance(base, nn.Embedding)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
+        dtype = autocast_dtype(ids.device.type) or base.weight.dtype
         delta_KMO: Tensor = _LookedUpProduct.apply(  # type: ignore[no-untyped-call]
             ids.reshape(members, -1),
             self.a_KRI.to(dtype),

@@ -154,17 +154,20 @@ def _train(document: SpecDocument, home: Home, fit: Preflight, chosen: list[Clas
     from services.output import Watcher
     from sweeps import preflight
     from sweeps.certificates import CertificateFile
+    from sweeps.reduction import Reduction
 
     watcher = Watcher()
     n_twins = sum(len(each.twins) for each in chosen)
     watcher.stage(f"training {_counted(len(chosen), 'class', 'es')}, {_counted(n_twins, 'twin')}, {steps} steps each")
+    member = preflight.member_bytes(document.spec, Reduction.of(document.spec), fit)
+    most = preflight.most_members(document.spec, fit, member)
     with preflight.one_thread():
         file = CertificateFile.make(
             document.spec,
             fit.task,
             chosen,
             steps=steps,
-            pack=min(_MOST_BESIDE, preflight.most_members(document.spec, fit)),
+            pack=min(_MOST_BESIDE, most or 1),
             told=partial(watcher.share, "trained"),
             in_float64=preflight.task_loader(home.cache),
         )
@@ -221,7 +224,7 @@ def _check(path: Path, *, as_json: bool) -> int:
     watcher.stage(f"training {_counted(len(file.certificates), 'class', 'es')} again, {file.steps} steps each")
     with preflight.one_thread():
         told = partial(watcher.share, "trained")
-        most = preflight.most_members(document.spec, fit)
+        most = preflight.most_members(document.spec, fit, preflight.member_bytes(document.spec, reduction, fit))
         found = check(file, fit.task, told, most_members=most, in_float64=preflight.task_loader(cache))
     watcher.close()
     if as_json:

@@ -301,13 +301,22 @@ def print_plan(plan: Plan) -> None:
     _print_lines("space", [_dimension_in_words(dimension) for dimension in plan.space])
     _print_lines("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"])
     _print_lines("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"])
-    _print_lines("packs", [f"of {plan.pack} on {plan.workers} workers"])
+    packs = [f"of {plan.pack} on {plan.workers} workers"]
+    if plan.base_bytes is not None and plan.member_bytes is not None:
+        packs.append(f"each takes {_size(plan.base_bytes)} and {_size(plan.member_bytes)} a member")
+    _print_lines("packs", packs)
     _print_lines("certificates", [f"{plan.certificates} classes"])
     if plan.seconds is not None:
         cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"
+    elif plan.untimed:
+        cost += f"; their time was not measured, for {plan.untimed}"
     _print_lines("cost", [cost])
     if plan.warnings:
         _print_lines("warnings", list(plan.warnings))
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(0.1, size / 1e6):.1f} MB"
 
 
 def _dimension_in_words(dimension: dict[str, Any]) -> str:

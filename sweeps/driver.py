@@ -87,16 +87,30 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
     Raises:
         SpecError: the model or the data cannot serve the spec.
     """
-    from sweeps import preflight  # loads torch, which lighter commands do without
+    from sweeps.training import let_go_of_memory  # loads torch, which lighter commands do without
+
+    try:
+        return _plan_on(document, home, workers, timed)
+    finally:
+        let_go_of_memory()  # the workers may be on the same GPU
+
+
+def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: bool) -> Plan:
+    from lora_core.memory import base_bytes
+    from sweeps import preflight
 
     spec, reduction = document.spec, Reduction.of(document.spec)
-    fit = preflight.preflight(document, reduction, home.cache)
-    workers = workers or fit.workers
-    plan = make_plan(spec, reduction, workers=workers, most_members=preflight.most_members(spec, fit))
+    fit = preflight.preflight(document, reduction, home.cache, whole=False)
+    member = preflight.member_bytes(spec, reduction, fit)
+    most = preflight.most_members(spec, fit, member)
+    plan = make_plan(spec, reduction, workers=workers or fit.workers, most_members=most)
+    if member is not None:
+        plan = plan.with_memory(base_bytes(fit.task.model), member.total)
     if not timed:
         return plan
-    seconds = preflight.seconds_per_member_step(spec, reduction, fit.task, plan.pack)
-    return plan.with_time(seconds)
+    if reason := preflight.why_untimed(fit, plan.pack):
+        return plan.without_time(reason)
+    return plan.with_time(preflight.seconds_per_member_step(spec, reduction, fit.task, plan.pack))
 
 
 def start(

@@ -58,14 +58,28 @@ class Plan(BaseModel):
     pack: int
     """Members to a pack."""
     workers: int
+    base_bytes: int | None = None
+    """Of the base model, which a pack has once; None where it was not looked at."""
+    member_bytes: int | None = None
+    """What each member adds to it at most; None where that could not be counted."""
     member_steps: int
     """Steps of training expected, summed over members; a pruned trial does not take all of its own."""
     certificates: int
     """Classes whose twins are trained."""
     seconds: float | None
     """Training time expected on all workers together; None where it has not been measured."""
+    untimed: str = ""
+    """Why it could not be measured, where it should have been."""
     outside: Outside
     warnings: tuple[str, ...]
+
+    def with_memory(self, base_bytes: int, member_bytes: int) -> Plan:
+        """The plan with the bytes of the base model and of each member."""
+        return self.model_copy(update={"base_bytes": base_bytes, "member_bytes": member_bytes})
+
+    def without_time(self, reason: str) -> Plan:
+        """The plan with the reason why its time is not known."""
+        return self.model_copy(update={"untimed": reason})
 
     def with_time(self, seconds_per_member_step: float) -> Plan:
         """The plan with its time.
@@ -81,14 +95,14 @@ def trial_space(spec: SweepSpec, reduction: Reduction) -> TrialSpace:
     return ClassGrid(reduction) if spec.search.method == "grid" else CanonicalSpace.of(spec, reduction)
 
 
-def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_members: int) -> Plan:
+def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_members: int | None) -> Plan:
     """Plans a sweep.
 
     Args:
         spec: the sweep's spec.
         reduction: its reduction.
         workers: how many jobs can run at once.
-        most_members: the largest pack that a worker's memory holds.
+        most_members: the largest pack that a worker's memory holds; None where that is not known.
 
     Raises:
         InputError: a grid that is too large to be enumerated, or a pack that is too large for the memory.
@@ -127,15 +141,15 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
         certificates=min(spec.certify.classes, trials) if reduction.eliminated else 0,
         seconds=None,
         outside=_outside(spec, canonical),
-        warnings=tuple(_warnings(spec, reduction, trials, distinct)),
+        warnings=(*_warnings(spec, reduction, trials, distinct), *_memory_warnings(pack, most_members)),
     )
 
 
-def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int) -> int:
+def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int | None) -> int:
     """The pack size of the spec; automatic: the largest power of two that memory, the sampler and the workers like."""
     if spec.compute.pack != "auto":
         pack = min(spec.compute.pack, trials)
-        if pack > most_members:
+        if most_members is not None and pack > most_members:
             raise InputError(
                 f"compute.pack: required at most {most_members:,} members, which is what the memory of each of "
                 f"{workers:,} {'worker' if workers == 1 else 'workers'} holds; found {pack:,}; write a smaller pack, "
@@ -143,7 +157,8 @@ def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int) ->
             )
         return pack
     rounds = 1 if spec.search.method in ("grid", "random") else _PACKS_TO_LEARN_FROM
-    wanted = max(1, min(most_members, trials // max(rounds, workers), _LARGEST_AUTO_PACK))
+    limit = _LARGEST_AUTO_PACK if most_members is None else min(most_members, _LARGEST_AUTO_PACK)
+    wanted = max(1, min(limit, trials // max(rounds, workers)))
     return int(2 ** math.floor(math.log2(wanted)))
 
 
@@ -180,6 +195,15 @@ def _outside(spec: SweepSpec, canonical: CanonicalSpace) -> Outside:
             "(reduction.ranges: widen searches it too, at 1.5 to 2 times the trials)"
         )
     return Outside(share=share, explanation=explanation)
+
+
+def _memory_warnings(pack: int, most_members: int | None) -> list[str]:
+    if most_members is not None or pack == 1:
+        return []
+    return [
+        f"the memory of the workers is not known here: packs start with {pack} members, and are halved if that is too "
+        "much for them"
+    ]
 
 
 def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int | None) -> list[str]:

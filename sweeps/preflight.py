@@ -1,4 +1,8 @@
-"""Looks at the model and the data before anything is started: what only they can tell of a spec."""
+"""Looks at the model and the data before anything is started: what only they can tell of a spec.
+
+A model too large to be tried out here is looked at without its weights, on the meta device: its layers, the data, and
+the memory of a member are known all the same; what a step takes is not.
+"""
 
 from __future__ import annotations
 
@@ -11,110 +15,125 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lora_core import cost
+from lora_core import cost, memory
 from lora_core.adapter import Member
 from lora_core.base import layer_widths
-from lora_core.heads import find_heads
 from lora_core.optimizers import PackOptimizer
-from lora_core.targets import NoTargetError, find_targets
-from sweeps.errors import SpecError, TaskError
-from sweeps.recipe import bank_of, heads_of_task, optimizer_of, steps_of
+from lora_core.targets import find_targets
+from lora_core.train import batch_indices
+from sweeps.errors import TaskError
+from sweeps.recipe import bank_of, heads_of_task, lengths_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
-from sweeps.space import Configuration, SearchSpace
+from sweeps.space import Configuration
 from sweeps.spec import SpecDocument, SweepSpec
-from sweeps.tasks import Task, load_task
+from sweeps.task_faults import not_packable, targets_of
+from sweeps.tasks import Task, base_bytes, load_task
 
 _TIMED_LR = 1e-6
 """Small enough for any model to stay finite; what a step costs does not depend on it."""
 
 _TIMED_STEPS = 10
 _WARM_STEPS = 3
+_TIMED_S = 20
+"""Timing ends after so long, with what has been timed by then: one step and one to warm up at least."""
+
+_MOST_FLOPS = 3e12
+"""Of what is tried out on the CPU: about a minute on one core."""
+
+_MOST_LOADED = 0.5
+"""The share of a worker's memory that a base model may take to be loaded for trying out."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """A spec's task, loaded and found fit.
+    """A spec's task, looked at and found fit.
 
     Attributes:
-        task: loaded on this machine.
+        task: loaded on this machine; without weights where it is too large for that.
+        outline: the same without weights, where counting memory with them would take long; else `task`.
         layers: (input width, output width) of each target layer.
         workers: jobs that can run at once on this machine.
+        memory_bytes: a worker's share of this machine's memory; None where the workers must be on others.
+        step_flops: of one member, nearly.
+        too_large: why the weights were not loaded; empty where they were.
     """
 
     task: Task
+    outline: Task
     layers: dict[str, tuple[int, int]]
     workers: int
+    memory_bytes: int | None
+    step_flops: int
+    too_large: str
 
 
-def preflight(document: SpecDocument, reduction: Reduction, cache: Path) -> Preflight:
+def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whole: bool = True) -> Preflight:
     """Loads a spec's task and holds the spec against it.
 
+    Args:
+        document: the spec.
+        reduction: its reduction.
+        cache: for what the task keeps.
+        whole: whether the task is there to be trained: on the CPU, with its weights, whatever they take. Otherwise it
+            is loaded where a worker on this machine would have it, and without weights if they are too large.
+
     Raises:
-        SpecError: target modules, ranks, batch size or a task that the model or the data cannot serve.
+        SpecError: target modules, ranks, batch size, adapters or a task that the model or the data cannot serve.
     """
-    spec = document.spec
+    spec, workers = document.spec, local_workers(document.spec)
+    device = torch.device("cpu" if whole or not _trains_on_gpu(spec) else "cuda")
+    share, too_large, meta = _memory_bytes(spec, workers, device), "", torch.device("meta")
     try:
-        task = task_loader(cache)(spec)
+        size = None if whole else base_bytes(spec)
+        if size is not None and size > _MOST_LOADED * share:
+            place = "GPU" if device.type == "cuda" else "CPU"
+            too_large = (
+                f"the base model takes {_gb(size)}, more than half of the {_gb(share)} that a worker has on this "
+                f"machine's {place}"
+            )
+        task = load_task(spec, cache=cache, device=meta if too_large else device)
+        targets = targets_of(document, reduction, task)
+        flops = _step_flops(spec, task)
+        long = size is not None and device.type == "cpu" and not too_large and flops > _MOST_FLOPS
+        outline = load_task(spec, cache=cache, device=meta) if long else task
     except TaskError as error:
         raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
-    try:
-        targets = find_targets(task.model, spec.lora.target_modules, heads=heads_of_task(task))
-    except NoTargetError as error:
-        required = "names of linear layers of the model"
-        raise document.error("lora.target_modules", required, _found(spec), str(error)) from None
-    check_head(document, task)
+    elsewhere = device.type == "cpu" and size is not None and (size > share or _asks_for_gpus(spec))
     layers = {name: (layer.in_features, layer.out_features) for name, layer in targets.items()}
-    faults = []
-    narrowest = min(layers, key=lambda name: min(layers[name]))
-    width = min(layers[narrowest])
-    if max(reduction.space.ranks) > width:
-        required = f"ranks of at most {width}, the width of {narrowest}"
-        faults.append(document.fault("parameters.rank", required, str(max(reduction.space.ranks))))
-    if spec.train.batch_size > task.n_samples:
-        required = f"at most {task.n_samples}, the number of training samples"
-        faults.append(document.fault("train.batch_size", required, str(spec.train.batch_size)))
-    if faults:
-        raise SpecError(document.source, tuple(faults))
-    return Preflight(task, layers, workers=local_workers(spec))
-
-
-def check_head(document: SpecDocument, task: Task) -> None:
-    """Checks that a head has a learning rate, and that a learning rate has a head.
-
-    Raises:
-        SpecError: one is there without the other.
-    """
-    wanted = SearchSpace.of(document.spec).trains_head
-    said = getattr(task, "heads", ())
-    if said and not wanted:
-        required = f"a learning rate for {', '.join(said)}, which this task trains whole"
-        raise document.error("parameters.head_lr", required, "none", "such as {min: 1e-4, max: 1e-2}")
-    if not wanted:
-        return
-    try:
-        find_heads(task.model, heads_of_task(task))
-    except ValueError as error:
-        raise document.error("parameters.head_lr", "a task with a head", str(error), "or leave head_lr out") from None
+    return Preflight(task, outline, layers, workers, None if elsewhere else share, flops, too_large)
 
 
 def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
-    """Loads the tasks of specs as `preflight` does: on the CPU."""
+    """Loads the tasks of specs as `preflight` does that are there to be trained: on the CPU."""
     return lambda spec: load_task(spec, cache=cache, device=torch.device("cpu"))
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def why_untimed(fit: Preflight, pack: int) -> str:
+    """Why a pack's steps cannot be timed here; empty where they can."""
+    if fit.too_large:
+        return fit.too_large
+    flops = 2 * pack * fit.step_flops
+    if next(fit.task.model.parameters()).device.type == "cpu" and flops > _MOST_FLOPS:
+        return f"two steps of a pack of {pack} take about {flops:.0e} FLOPs, too many to try on this machine's CPU"
+    return ""
 
 
 def seconds_per_member_step(spec: SweepSpec, reduction: Reduction, task: Task, pack: int) -> float:
     """Measures a full pack's step on this machine, one thread, and shares it out among its members, in seconds."""
-    rank = max(reduction.space.ranks)
-    head_lr = _TIMED_LR if reduction.space.trains_head else 0.0
-    configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR, head_lr=head_lr)
-    members = [Member(reduction.point(configuration), spec.train.seed)] * pack
+    members = [_largest(spec, reduction)] * pack
     with one_thread(), bank_of(spec, task, members) as bank:
         optimizer = PackOptimizer(bank, optimizer_of(spec))
         stop = min(_WARM_STEPS + _TIMED_STEPS, spec.train.steps)
         ticks = [time.perf_counter()]
         for _ in steps_of(spec, task, optimizer, start=0, stop=stop):
             ticks.append(time.perf_counter())
+            if len(ticks) > 2 and ticks[-1] - ticks[0] > _TIMED_S:
+                break
     steps = sorted(after - before for before, after in itertools.pairwise(ticks))
     return steps[len(steps) // 2] / pack
 
@@ -130,6 +149,86 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _step_flops(spec: SweepSpec, task: Task) -> int:
+    targets = find_targets(task.model, spec.lora.target_modules, heads=heads_of_task(task))
+    lookups = {name for name, target in targets.items() if target.kind == "embedding"}
+    shapes = cost.layer_shapes(layer_widths(task.model, targets), set(targets), lookups)
+    rows = task.most_rows(spec.train.batch_size) * spec.train.accumulation
+    return cost.step_flops(shapes, members=1, rank=1, rows=rows).total
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | None) -> int | None:
+    """The largest pack that a worker's memory holds, at least 1; None where that is not to be known from here.
+
+    Args:
+        spec: the spec.
+        fit: what was found of it.
+        member: see `member_bytes`.
+    """
+    targets = find_targets(fit.task.model, spec.lora.target_modules, heads=heads_of_task(fit.task))
+    if not_packable(fit.task, targets):
+        return 1
+    if fit.memory_bytes is None or member is None:
+        return None
+    base = memory.base_bytes(fit.task.model)
+    return max(1, memory.pack_limit(fit.memory_bytes, base_bytes=base, member=member))
+
+
+def member_bytes(spec: SweepSpec, reduction: Reduction, fit: Preflight) -> memory.MemberBytes | None:
+    """What one more member takes, counted on the widest batch; None for a model that cannot be run without weights."""
+    task = fit.outline
+    indices, widest = _widest_batch(spec, task)
+    try:
+        with bank_of(spec, task, [_largest(spec, reduction)]) as bank:
+            return memory.measure_member(
+                bank,
+                lambda: task.losses_K(indices, 1),
+                optimizer_states=spec.train.law.states_with(spec.train.settings),
+                most_rows=task.most_rows(spec.train.batch_size),
+                widest=widest,
+            )
+    # What a model does that looks at values, such as which experts its tokens go to, fails in as many ways.
+    except (RuntimeError, NotImplementedError):
+        if next(task.model.parameters()).is_meta:
+            return None
+        raise
+
+
+def _widest_batch(spec: SweepSpec, task: Task) -> tuple[Tensor, bool]:
+    """Samples of a batch, and whether none brings more rows."""
+    lengths_S = lengths_of(task)
+    if lengths_S is None:
+        return batch_indices(task.n_samples, spec.train.batch_size, 0, spec.train.seed), False
+    return lengths_S.argsort(descending=True, stable=True)[: spec.train.batch_size].cpu(), True
+
+
+def _largest(spec: SweepSpec, reduction: Reduction) -> Member:
+    rank = max(reduction.space.ranks)
+    head_lr = _TIMED_LR if reduction.space.trains_head else 0.0
+    configuration = Configuration(rank, reduction.reference.at(rank), lr=_TIMED_LR, head_lr=head_lr)
+    return Member(reduction.point(configuration), spec.train.seed)
+
+
+def _memory_bytes(spec: SweepSpec, workers: int, device: torch.device) -> int:
+    """A worker's share of what a device has, before anything is loaded."""
+    if device.type == "cuda":
+        share = spec.compute.gpus_per_worker
+        free, _ = torch.cuda.mem_get_info()
+        return int(free * (1.0 if share == "auto" else min(1.0, share)))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // (workers + 1)  # one share is the driver's
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
 def local_workers(spec: SweepSpec) -> int:
     """How many jobs this machine runs at once: one a GPU, or one a core where there is no GPU."""
     if spec.compute.workers != "auto":
@@ -141,34 +240,9 @@ def local_workers(spec: SweepSpec) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _found(spec: SweepSpec) -> str:
-    targets = spec.lora.target_modules
-    return repr(targets) if isinstance(targets, str) else ", ".join(targets)
+def _trains_on_gpu(spec: SweepSpec) -> bool:
+    return torch.cuda.is_available() and spec.compute.gpus_per_worker != 0
 
 
-def most_members(spec: SweepSpec, fit: Preflight) -> int:
-    """The largest pack that a worker's share of this machine's memory holds, at least 1."""
-    targets = find_targets(fit.task.model, spec.lora.target_modules, heads=heads_of_task(fit.task))
-    lookups = {name for name, target in targets.items() if target.kind == "embedding"}
-    parameters = [*fit.task.model.parameters(), *fit.task.model.buffers()]
-    itemsize = getattr(torch, spec.train.dtype).itemsize
-    member = cost.member_bytes(
-        cost.layer_shapes(layer_widths(fit.task.model, targets), set(targets), lookups),
-        rank=max(SearchSpace.of(spec).ranks),
-        rows=fit.task.most_rows(spec.train.batch_size),
-        optimizer_states=spec.train.law.states_with(spec.train.settings),
-        adapter_itemsize=max(4, itemsize),
-        activation_itemsize=itemsize,
-        dora=spec.lora.dora,
-        dropout=spec.lora.dropout > 0,
-    )
-    base_bytes = sum(tensor.numel() * tensor.itemsize for tensor in parameters)
-    return max(1, cost.pack_limit(_worker_memory_bytes(spec, fit.workers), base_bytes=base_bytes, member=member))
-
-
-def _worker_memory_bytes(spec: SweepSpec, workers: int) -> int:
-    share = spec.compute.gpus_per_worker
-    if torch.cuda.is_available() and share != 0:
-        return int(torch.cuda.get_device_properties(0).total_memory * (1.0 if share == "auto" else min(1.0, share)))
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // (workers + 1)  # one share is the driver's
+def _asks_for_gpus(spec: SweepSpec) -> bool:
+    return spec.compute.gpus_per_worker not in ("auto", 0)

@@ -48,6 +48,12 @@ def losses_of(spec: SweepSpec, task: Task, *, members: int) -> Callable[[int], t
     return losses_K
 
 
+def lengths_of(task: Task) -> torch.Tensor | None:
+    """Tokens of each sample [S]; None for a task that does not say."""
+    lengths_S: torch.Tensor | None = getattr(task, "lengths_S", None)
+    return lengths_S
+
+
 def optimizer_of(spec: SweepSpec) -> OptimizerConfig:
     """The kind of optimizer that a spec asks for."""
     return OptimizerConfig(spec.train.optimizer, spec.train.settings)

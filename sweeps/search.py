@@ -7,6 +7,8 @@ Pure logic: no Ray, no torch, no clock in any decision. In the reproducible orde
 the order in which their jobs were composed, so that what is searched depends on the spec, its seeds, the pack size and
 the number of lanes, not on which worker came first; in the asynchronous order they are applied as they arrive.
 
+A pack that ran out of memory is split in two, and no later pack is larger than its parts.
+
 Every decision follows from the calls made on the searcher, and the ledger has all of those. Resuming is therefore
 replaying: the same code is run over the recorded calls, with recorded answers in the sampler's place.
 """
@@ -235,7 +237,7 @@ class PackSearcher:
 
     def _next_pack(self) -> _Pack | None:
         if self._retries:
-            return self._retries.popleft()
+            return self._next_retry()
         full = [rung for rung, waiting in self._waiting.items() if len(waiting) >= self._size]
         if full:
             return self._promote(max(full))
@@ -247,6 +249,12 @@ class PackSearcher:
         if partial:
             return self._promote(min(partial))
         return self._next_certificate() if self._applied == len(self._jobs) or self._to_certify is not None else None
+
+    def _next_retry(self) -> _Pack:
+        pack = self._retries.popleft()
+        if len(pack.trials) > self._size:  # memory has run out since it was put there
+            self._retries.appendleft(replace(pack, trials=pack.trials[self._size :]))
+        return replace(pack, trials=pack.trials[: self._size])
 
     def _promote(self, rung: int) -> _Pack:
         waiting = self._waiting[rung]
@@ -363,6 +371,7 @@ class PackSearcher:
         elif result.error == "oom":
             half = len(pack.trials) // 2
             self._retries += [replace(pack, trials=part) for part in (pack.trials[:half], pack.trials[half:])]
+            self._size = min(self._size, len(pack.trials) - half)
         else:
             self._retries += [replace(pack, trials=(trial,), alone=True) for trial in pack.trials]
 

@@ -146,7 +146,7 @@ class ModelTask(Section):
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     """What happens to longer samples."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    """Implementation of attention; auto: what transformers takes."""
+    """Implementation of attention; auto: what transformers takes. flash_attention_2 does not go with packing."""
     gradient_checkpointing: Flag = False
     """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
 
@@ -170,6 +170,16 @@ class CausalLmTask(ModelTask):
     packing: Flag = False
     """Put several short samples into one row of max_length tokens, where they do not see each other; batch_size then
     counts rows. Otherwise a row is a sample, padded to the longest of its batch."""
+
+    @model_validator(mode="after")
+    def _keeps_samples_apart(self) -> Self:
+        # transformers 5: _is_packed_sequence in modeling_flash_attention_utils.py asks for a batch of one row.
+        if self.packing and self.attention == "flash_attention_2":
+            way_out = "transformers has it keep packed samples apart in a batch of one row only, and a pack has more"
+            raise refuse(
+                "sdpa, flex_attention, eager or auto with packing", self.attention, way_out, path=("attention",)
+            )
+        return self
 
     @model_validator(mode="after")
     def _knows_completions(self) -> Self:

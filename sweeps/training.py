@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -25,6 +26,9 @@ from sweeps.tasks import Task, load_task
 _MOST_LOSSES = 200
 """Training losses that a job reports of each member; longer jobs are thinned out."""
 
+_OOM_SIGNS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What a RuntimeError says where memory ran out."""
+
 
 class JobRunner:
     """Does jobs, one after the other, over a task that stays loaded."""
@@ -37,7 +41,11 @@ class JobRunner:
         try:
             return self._run(order)
         except Exception as error:
-            return JobResult(job=order.job, error=_kind(error), detail=hide_passwords(traceback.format_exc()))
+            kind, detail = _kind(error), hide_passwords(traceback.format_exc())
+        # Out of the handler, where the error and with it the frames that hold the pack's tensors are gone.
+        if kind == "oom":
+            let_go_of_memory()
+        return JobResult(job=order.job, error=kind, detail=detail)
 
     def _run(self, order: JobOrder) -> JobResult:
         started_s = time.perf_counter()
@@ -137,4 +145,14 @@ def _checkpoint(member: MemberOrder, step: int) -> str:
 
 
 def _kind(error: Exception) -> JobErrorKind:
-    return "oom" if isinstance(error, torch.OutOfMemoryError | MemoryError) else "error"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "oom"
+    # On the CPU, and inside of CUDA's libraries, torch has no class for it.
+    return "oom" if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OOM_SIGNS) else "error"
+
+
+def let_go_of_memory() -> None:
+    """Gives back the memory of what is no longer used, a GPU's too, to whoever needs it next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -7,14 +7,51 @@ a file here with a class that follows `Task`, and a line in `load_task`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sweeps.spec import SweepSpec
-from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, SequenceClassificationTask
+from sweeps.spec_tasks import CausalLmTask, DigitsTask, ModelTask, PythonTask, SequenceClassificationTask
+from sweeps.spec_tasks import Task as Section
 from sweeps.tasks.protocol import Task
 
-__all__ = ["Task", "load_task"]
+if TYPE_CHECKING:
+    from sweeps.tasks.pretrained import Kind
+
+__all__ = ["Task", "base_bytes", "load_task", "saved_dtype"]
+
+
+def base_bytes(spec: SweepSpec) -> int | None:
+    """Bytes of a task's base model before it is loaded; None where that is not to be known, and no meta device either.
+
+    Raises:
+        TaskError: there is no such model.
+    """
+    if not isinstance(spec.task, ModelTask):
+        return None
+    from sweeps.tasks import pretrained
+
+    return pretrained.base_bytes(spec.task, _kind(spec.task), getattr(torch, spec.train.dtype))
+
+
+def saved_dtype(section: Section) -> str:
+    """The dtype that a task's model was saved in, by torch's name; float32 for a task without a saved model.
+
+    Raises:
+        TaskError: there is no such model.
+    """
+    if not isinstance(section, ModelTask):
+        return "float32"
+    from sweeps.tasks import pretrained
+
+    return pretrained.saved_dtype(section, _kind(section))
+
+
+def _kind(section: ModelTask) -> Kind:
+    from sweeps.tasks import pretrained
+
+    return pretrained.CAUSAL_LM if isinstance(section, CausalLmTask) else pretrained.CLASSIFIER
 
 
 def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
@@ -23,7 +60,8 @@ def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
     Args:
         spec: the sweep's spec.
         cache: directory for what is costly to make and can be made again.
-        device: where the model and the data are put.
+        device: where the model and the data are put. On `meta` a task that `base_bytes` knows has its model's structure
+            and no weights: enough to look at the model, and to count memory.
 
     Raises:
         TaskError: the model or the data do not have what the spec asks for.

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask as Section
-from sweeps.tasks.pretrained import check_vocabulary, load_causal_lm, load_tokenizer, most_positions, vocabulary
+from sweeps.tasks.pretrained import (
+    check_vocabulary,
+    load_causal_lm,
+    load_tokenizer,
+    most_positions,
+    small_causal_lm,
+    vocabulary,
+)
 from sweeps.tasks.samples import load_samples
 from sweeps.tasks.tokens import Batch, Rows, Tokens, tokenise
 from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, within
@@ -45,7 +52,7 @@ class CausalLmTask:
 
     @classmethod
     def load(cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype) -> CausalLmTask:
-        """Loads the data, which is quicker to be found wanting, and then the model.
+        """Loads the data, which is quicker to be found wanting, and then the model; see `load_causal_lm`.
 
         Raises:
             TaskError: the model or the data do not have what the section asks for.
@@ -61,7 +68,9 @@ class CausalLmTask:
         model = load_causal_lm(section, device=device, dtype=dtype)
         check_vocabulary(model, max(int(each.ids_T.max()) for each in tokens))
         if section.packing:
-            _check_apart(model, section)
+            tried = small_causal_lm(section) if device.type == "meta" else model
+            if tried is not None:  # else whoever trains tries it out
+                _check_apart(tried, section)
             rows = Rows.packed_into(tokens[0], most)
         else:
             rows = Rows.padded(tokens[0])

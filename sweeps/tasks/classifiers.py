@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_core.targets import heads_of
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
-from sweeps.tasks.pretrained import CLASSIFIER, frozen, is_layer, load_model, silence, without_weights
+from sweeps.tasks.pretrained import CLASSIFIER, frozen, is_layer, load_model, outline, silence, without_weights
 
 
 def own_classes(config: Any) -> tuple[str, ...] | None:
@@ -66,7 +66,8 @@ def most_positions(config: Any) -> int | None:
 def load_classifier(
     section: Section, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """Loads a model with a head for the classes of its config, frozen and without dropout.
+    """Loads a model with a head for the classes of its config, frozen and without dropout; on the meta device its
+    structure alone.
 
     Args:
         section: which one.
@@ -81,6 +82,9 @@ def load_classifier(
     Raises:
         TaskError: it cannot be had, it has no such head, or its checkpoint lacks more than the head.
     """
+    if device.type == "meta":
+        bare: nn.Module = outline(section, CLASSIFIER, config, dtype=dtype)
+        return frozen(bare, section, device), _heads(bare, section, ())
     # transformers draws what is missing from the global generator, and drawing it anew needs that too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

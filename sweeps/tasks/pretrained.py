@@ -5,13 +5,14 @@ Nothing is ever executed or unpickled: `trust_remote_code` is off, and weights a
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,18 @@ from torch.utils.checkpoint import checkpoint
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask, ModelTask
+from sweeps.tasks.hub import hub_reachable
 
 _Made = TypeVar("_Made")
+
+_SMALL = {
+    "num_hidden_layers": 1,
+    "vocab_size": 8,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 8,
+    "n_inner": 8,
+}
+"""Of a config, what attention does not depend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +58,15 @@ CLASSIFIER = Kind(
 
 
 def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Loads a model, frozen and without dropout.
+    """Loads a model, frozen and without dropout; on the meta device its structure alone.
 
     Raises:
         TaskError: there is none, it cannot be loaded as it is, or it has not what the section asks for.
     """
-    load_config(section, CAUSAL_LM)
-    model: nn.Module = load_model(section, CAUSAL_LM, dtype=dtype)
-    return frozen(model, section, device)
+    config = load_config(section, CAUSAL_LM)
+    if device.type == "meta":
+        return frozen(outline(section, CAUSAL_LM, config, dtype=dtype), section, device)
+    return frozen(load_model(section, CAUSAL_LM, dtype=dtype), section, device)
 
 
 def load_config(section: ModelTask, kind: Kind) -> Any:
@@ -69,31 +81,38 @@ def load_config(section: ModelTask, kind: Kind) -> Any:
     return config
 
 
-def load_model(section: ModelTask, kind: Kind, *, dtype: torch.dtype, **more: Any) -> Any:
+def load_model(section: ModelTask, kind: Kind, *, dtype: torch.dtype | Literal["auto"], **more: Any) -> Any:
     """Loads a model as it is, on the CPU.
 
     Args:
         section: which one.
         kind: of which kind.
-        dtype: of its weights.
+        dtype: of its weights; auto: as they were saved.
         more: what else transformers is told.
 
     Raises:
         TaskError: there is none, it cannot be loaded, or its attention does not run here.
     """
+    load = getattr(_transformers(), kind.loader).from_pretrained
+    how = {"dtype": dtype, "use_safetensors": True, **_source(section.model, section.revision), **more}
+    return _attended(section, kind, partial(load, section.model, **how))
+
+
+def outline(section: ModelTask, kind: Kind, config: Any, *, dtype: torch.dtype) -> Any:
+    """A model on the meta device: all of it but its weights, which are only made sure to be there.
+
+    Raises:
+        TaskError: no weights, no such model, or its attention does not run here.
+    """
+    check_weights(section, kind)
+    return _attended(section, kind, partial(without_weights, config, kind, dtype=dtype))
+
+
+def _attended(section: ModelTask, kind: Kind, load: Callable[..., Any]) -> Any:
+    """Loads a model with the section's attention."""
     how = {} if section.attention == "auto" else {"attn_implementation": section.attention}
-    load = partial(
-        getattr(_transformers(), kind.loader).from_pretrained,
-        section.model,
-        revision=section.revision or "main",
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **how,
-        **more,
-    )
     try:
-        return _loaded(section.model, load, f"{kind.words} with weights in safetensors")
+        return _loaded(section.model, partial(load, **how), f"{kind.words} with weights in safetensors")
     except (ImportError, NotImplementedError) as error:
         raise TaskError("attention", "an attention that runs here", _first_line(error), "leave it at auto") from None
 
@@ -110,10 +129,88 @@ def frozen(model: nn.Module, section: ModelTask, device: torch.device) -> nn.Mod
     return model
 
 
-def without_weights(config: Any, kind: Kind) -> Any:
-    """The model of a config, all of it but values."""
+def without_weights(config: Any, kind: Kind, **how: Any) -> Any:
+    """The model of a config on the meta device: all of it but values."""
     with torch.device("meta"):
-        return getattr(_transformers(), kind.loader).from_config(config)
+        return getattr(_transformers(), kind.loader).from_config(config, trust_remote_code=False, **how)
+
+
+def small_causal_lm(section: CausalLmTask) -> nn.Module | None:
+    """Returns a model of random weights that is the section's but for its size; None where none can be made so.
+
+    One layer, few tokens and narrow in between: enough to see what its attention does.
+    """
+    config = load_config(section, CAUSAL_LM)
+    text = config.get_text_config()
+    for name, size in _SMALL.items():
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, size)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, 0)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    how = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    make = _transformers().AutoModelForCausalLM.from_config
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: nn.Module = make(config, trust_remote_code=False, **how)
+    # Every architecture has its own demands on its config, and its own ways to say so.
+    except Exception:
+        return None
+    return model.requires_grad_(False).eval()
+
+
+def base_bytes(section: ModelTask, kind: Kind, dtype: torch.dtype) -> int:
+    """Bytes that a model's weights take in a dtype, from its config alone.
+
+    Raises:
+        TaskError: there is no such model.
+    """
+    make = partial(without_weights, load_config(section, kind), kind, dtype=dtype)
+    model: nn.Module = _loaded(section.model, make, kind.words)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def saved_dtype(section: ModelTask, kind: Kind) -> str:
+    """The dtype that a model was saved in, by torch's name: of its config, else of its weights, as transformers'
+    `dtype="auto"` has it.
+
+    Raises:
+        TaskError: there is none, or it cannot be loaded as it is.
+    """
+    dtype = getattr(load_config(section, kind), "dtype", None)
+    if dtype is None:
+        model: nn.Module = load_model(section, kind, dtype="auto")
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return str(dtype).removeprefix("torch.")
+
+
+def check_weights(section: ModelTask, kind: Kind) -> None:
+    """Makes sure that a model's weights are where they would be loaded from, without loading them.
+
+    Raises:
+        TaskError: no safetensors, or not all files of them.
+    """
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
+
+    name = section.model
+    source = _source(name, section.revision)
+    where = {"revision": source["revision"], "local_files_only": source["local_files_only"]}
+    required = f"{kind.words} with weights in safetensors"
+
+    def missing() -> list[str]:
+        if has_file(name, SAFE_WEIGHTS_NAME, **where):
+            return []
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **where)
+        if index is None:
+            return [SAFE_WEIGHTS_NAME]
+        files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return [file for file in files if not has_file(name, file, **where)]
+
+    if lacking := _loaded(name, missing, required):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise TaskError("model", required, f"no {lacking[0]}{more} in {name}")
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
@@ -122,9 +219,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     Raises:
         TaskError: there is none.
     """
-    load = partial(
-        _transformers().AutoTokenizer.from_pretrained, name, revision=revision or "main", trust_remote_code=False
-    )
+    load = partial(_transformers().AutoTokenizer.from_pretrained, name, **_source(name, revision))
     tokenizer = _loaded(name, load, (required := "a model with its tokenizer beside it"))
     # Where its files are missing, transformers makes some models' tokenizers up: out of special tokens, and a T5's of a
     # space too.
@@ -170,8 +265,13 @@ def _transformers() -> Any:
 
 
 def _config(section: ModelTask) -> Any:
-    load = _transformers().AutoConfig.from_pretrained
-    return load(section.model, revision=section.revision or "main", trust_remote_code=False)
+    return _transformers().AutoConfig.from_pretrained(section.model, **_source(section.model, section.revision))
+
+
+def _source(name: str, revision: str | None) -> dict[str, Any]:
+    """Where `from_pretrained` looks: not on a hub that does not answer, which it would ask for half a minute."""
+    cached_only = not Path(name).is_absolute() and not hub_reachable()
+    return {"revision": revision or "main", "trust_remote_code": False, "local_files_only": cached_only}
 
 
 def _loaded(name: str, load: Callable[[], _Made], required: str) -> _Made:

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 class Task(Protocol):
     """What training asks of a task. Every method treats the pack's rows as member-major: member 0's rows first.
 
-    A task may also have `heads`, a sequence of strings: names of modules of its model that each member trains whole,
-    with the learning rate `parameters.head_lr`.
+    A task may have two things more, which others leave out:
+
+    - `heads`, a sequence of strings: names of modules of its model that each member trains whole, with the learning
+      rate `parameters.head_lr`;
+    - `lengths_S`, the tokens of each training sample [n_samples], padding not counted, int64, on the CPU, the same
+      tensor each time. By it tokens a second are told, batches made of samples of like length, and memory counted on
+      the longest samples, in place of the first batch scaled up to `most_rows`.
     """
 
     @property
@@ -28,7 +33,7 @@ class Task(Protocol):
         """All that is trained and evaluated on, by name: what a certificate takes the hash of."""
 
     def most_rows(self, batch_size: int) -> int:
-        """The most rows that a member brings to a layer at once, in training or in evaluation."""
+        """The most rows that a member brings to a layer at once, in training or in evaluation: bounds its memory."""
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean training loss of each member [K], over the same samples for all, with the graph to the adapters.

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ import numpy as np
 from sweeps.errors import TaskError
 from sweeps.spec_faults import did_you_mean, one_of
 from sweeps.spec_tasks import DATA_FILES, DataSource, Format, LabelledData, TextData, label_name
+from sweeps.tasks.hub import offline_unless_reachable
 
 _DEFAULT_SHARE = 0.1
 _SPLIT_SEED = 0
@@ -198,7 +200,8 @@ def _read_data_set(key: str, place: str, split: str, data: DataSource) -> _Table
         if any(os.path.exists(os.path.join(place, name)) for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(place)
         else:
-            found = datasets.load_dataset(place, name=data.config)
+            with nullcontext() if os.path.exists(place) else offline_unless_reachable(datasets.config):
+                found = datasets.load_dataset(place, name=data.config)
     # What a hub, a builder or a corrupt file raises has no common root; all of it is about what was asked for.
     except Exception as error:
         required = "a file, a directory that datasets can load, or the id of a data set that can be had from here"

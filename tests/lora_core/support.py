@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.gauge import FactorSettings, Point
@@ -101,3 +102,16 @@ class Pack:
 
     def _steps(self, start: int, stop: int):
         return train_pack(self.bank, self.optimizer, self.losses_K, start=start, stop=stop, schedule=self.schedule)
+
+
+def profiled_peak(work: Callable[[], object]) -> int:
+    """The most bytes that the CPU's allocator had given out at once, as the profiler recorded it."""
+    with profile(profile_memory=True) as recorded:
+        work()
+    events = recorded.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak

@@ -4,8 +4,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_core.adapter import Member
-from lora_core.cost import LayerShape, layer_shapes, member_bytes, pack_bytes, pack_limit, step_flops
-from lora_core.laws import LAWS
+from lora_core.cost import LayerShape, layer_shapes, step_flops
 from lora_core.optimizers import OptimizerConfig
 from tests.lora_core.support import BATCH, TARGETS, Pack, make_point
 
@@ -47,56 +46,3 @@ def test_flops_are_those_that_pytorch_counts():
     # Its counter does not know baddbmm_: h B^T of both layers and u A of the second.
     unseen = 2 * 3 * BATCH * 4 * (24 + 24 + 24)
     assert counter.get_total_flops() == expected.total - unseen
-
-
-@pytest.mark.parametrize("states", [0, 1, 2])
-def test_bytes_of_a_member_are_those_worked_out_by_hand(states):
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=states, activation_itemsize=2)
-    assert member.weights == member.gradients == 4 * 2 * (10 + 9)
-    assert member.optimizer == states * member.weights
-    # Kept a row: inputs 4 + 6 and h 2 + 2 beside the adapters, outputs 6 + 3 + 2 of the base model.
-    assert member.activations == 7 * (4 * 14 + 2 * 11)
-    assert member.transient == 2 * 7 * 6 * 2
-    assert member.total == (2 + states) * 152 + 546 + 168
-
-
-def test_dora_and_dropout_take_what_they_keep():
-    plain, both = (
-        member_bytes(LAYERS, rank=2, rows=7, optimizer_states=2, dora=on, dropout=on) for on in (False, True)
-    )
-    outputs, inputs = 6 + 3, 4 + 6  # of the two adapted layers
-    assert both.weights - plain.weights == 4 * outputs
-    assert both.optimizer - plain.optimizer == 2 * 4 * outputs
-    assert both.activations - plain.activations == 7 * (4 * outputs + inputs)
-
-
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-@pytest.mark.parametrize("everything", [False, True])
-def test_bytes_of_weights_and_optimizer_are_those_that_a_bank_holds(law, everything):
-    keeping = {name: {"momentum": 0.9}.get(name, True) for name, option in law.options.items() if option.states}
-    config = OptimizerConfig(law.name, keeping if everything else {})
-    pack = Pack([Member(make_point(rank=8, constants=law.constants()), 0)], config)
-    pack.train(0, 1)
-    states = law.states_with(law.settings(config.options))
-    member = member_bytes(layer_shapes(widths_of(pack), TARGETS), rank=8, rows=1, optimizer_states=states)
-    state = pack.optimizer.state(0)
-    assert member.weights == sum(value.nbytes for value in pack.bank.adapter(0).values())
-    assert member.optimizer == sum(value.nbytes for value in state.values() if value.dim())
-
-
-def test_the_pack_limit_is_the_largest_pack_that_fits():
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=2, activation_itemsize=2)
-    assert member.total == 1322
-    memory = 10_000 + 5 * 1322
-    assert pack_bytes(10_000, member, 5) == memory
-    assert pack_limit(memory, base_bytes=10_000, member=member, reserve=0.0) == 5
-    assert pack_limit(memory - 1, base_bytes=10_000, member=member, reserve=0.0) == 4
-    assert pack_limit(20_000, base_bytes=10_000, member=member, reserve=0.25) == 3
-    assert pack_limit(9_000, base_bytes=10_000, member=member) == 0
-
-
-@pytest.mark.parametrize("reserve", [-0.1, 1.0])
-def test_a_reserve_that_is_no_share_is_refused(reserve):
-    member = member_bytes(LAYERS, rank=2, rows=7, optimizer_states=0)
-    with pytest.raises(ValueError, match="reserve must be a share of the memory"):
-        pack_limit(1000, base_bytes=0, member=member, reserve=reserve)

@@ -580,6 +580,13 @@ def test_a_model_that_mixes_packed_samples_is_refused(
     fit(lm_document(model, texts), tmp_path)
 
 
+def test_flash_attention_does_not_go_with_packing(model: Path, texts: str):
+    # transformers knows packed samples by their positions in a batch of one row only: on a GPU it would mix them.
+    with pytest.raises(SpecError, match=r"task\.attention: required sdpa, .* packing; found 'flash_attention_2'; "):
+        lm_document(model, texts, "packing: true, attention: flash_attention_2")
+    assert lm_document(model, texts, "attention: flash_attention_2").spec.task.attention == "flash_attention_2"
+
+
 def test_plan_refuses_before_anything_is_started(model: Path, tmp_path: Path):
     document = lm_document(model, "train: none.jsonl")
     (tmp_path / "sub").mkdir()

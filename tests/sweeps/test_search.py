@@ -249,8 +249,22 @@ def test_a_dead_worker_is_tried_again_twice_from_the_last_rung():
 def test_a_pack_that_does_not_fit_is_split_in_two():
     simulation = Simulation(spec_of(certify="classes: 0"), trials=7, rungs=(16,), pack=7, lanes=1)
     simulation.run(FakeWorker(oom_above=2))
-    assert [len(job.trials) for job in simulation.of(JobStarted)] == [7, 3, 4, 1, 2, 2, 2]
+    assert [len(job.trials) for job in simulation.of(JobStarted)] == [7, 3, 2, 2, 1, 2]
     assert set(states(simulation).values()) == {"finished"}
+
+
+@pytest.mark.parametrize("order", ["reproducible", "asynchronous"])
+def test_packs_after_one_that_did_not_fit_are_no_larger_than_its_parts(order):
+    simulation = Simulation(spec_of(order, certify="classes: 0"), trials=40, rungs=(4, 16), pack=8, lanes=1)
+    worker = FakeWorker(oom_above=3)
+    searcher = simulation.run(worker)
+    assert worker.sizes[:4] == [8, 4, 2, 2]
+    assert max(worker.sizes[2:]) == 2
+    assert_accounted_for(simulation, worker, 40)
+    # A driver that takes the sweep up knows it too.
+    again = simulation.cut(len(simulation.transactions) // 2).searcher(resumed=True)
+    assert len(again.suggest().members) <= 2
+    assert searcher.finished
 
 
 def test_a_trial_that_does_not_fit_alone_fails():

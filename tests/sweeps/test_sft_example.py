@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sweeps.jobs import JobOrder, MemberOrder
-from sweeps.preflight import most_members, preflight
+from sweeps.preflight import member_bytes, most_members, preflight
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import CausalLmTask, SpecDocument, load_spec
@@ -41,7 +41,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SpecDocument:
 def test_the_example_finds_what_its_script_made(made: SpecDocument, tmp_path: Path):
     fit = preflight(made, Reduction.of(made.spec), tmp_path / "cache")
     assert fit.task.n_samples > 20
-    assert most_members(made.spec, fit) >= 1
+    member = member_bytes(made.spec, Reduction.of(made.spec), fit)
+    assert (most_members(made.spec, fit, member) or 0) >= 1
 
 
 def test_the_example_learns(made: SpecDocument, tmp_path: Path):

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from lora_core.layer import BankedLayer
 from sweeps.collapse import Certificate
+from sweeps.events import Certified, TrialTold
 from sweeps.jobs import JobOrder, JobResult, MemberOrder
+from sweeps.plan import trial_space
 from sweeps.reduction import Reduction
+from sweeps.search import PackSearcher
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec, parse_spec
 from sweeps.tasks import load_task
 from sweeps.tasks.digits import DigitsTask
-from sweeps.training import JobRunner
-from tests.support import SMALL_SPEC
+from sweeps.training import JobRunner, _kind
+from tests.support import ROOT, SMALL_SPEC
 
 GOOD = Configuration(rank=4, alpha=16.0, lr=0.02, init_scale=2.0)
 OTHER = Configuration(rank=8, alpha=16.0, lr=0.01, init_scale=1.0)
@@ -113,6 +117,13 @@ def test_a_fault_is_part_of_the_result_and_the_worker_goes_on(runner):
     assert runner(GOOD, worker=worker).error is None
 
 
+def test_memory_that_torch_cannot_have_on_the_cpu_is_told_from_other_errors():
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as full:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert _kind(full.value) == "oom"
+    assert _kind(RuntimeError("no such file")) == _kind(ValueError("DefaultCPUAllocator")) == "error"
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_running_out_of_memory_is_a_kind_of_its_own(runner, monkeypatch: pytest.MonkeyPatch, error: Exception):
     def full(*_args: object, **_kwargs: object) -> None:
@@ -120,6 +131,81 @@ def test_running_out_of_memory_is_a_kind_of_its_own(runner, monkeypatch: pytest.
 
     monkeypatch.setattr("sweeps.training.train_members", full)
     assert runner(GOOD).error == "oom"
+
+
+_SCARCE = """
+
+class Scarce(TeacherTask):
+    most = 2
+    seen = []
+
+    def losses_K(self, indices, members):
+        losses_K = super().losses_K(indices, members)
+        if members > self.most:
+            self.seen.append(weakref.ref(losses_K.untyped_storage()))
+            raise torch.OutOfMemoryError(f"CUDA out of memory with {members} members")
+        return losses_K
+
+
+def make_scarce(**where):
+    task = make_task(**where)
+    return Scarce(task.model, task._train[0].repeat(2, 1), task._train[1].repeat(2))
+"""
+
+
+@pytest.fixture
+def scarce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepSpec:
+    """A spec over a task that has no memory for more than two members."""
+    source = "import weakref\n" + (ROOT / "examples" / "custom_task.py").read_text() + _SCARCE
+    source = source.replace("from __future__ import annotations\n", "")
+    name = "scarce_" + tmp_path.name.replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = (ROOT / "examples" / "custom.yaml").read_text()
+    text = text.replace("custom_task:make_task", f"{name}:make_scarce").replace("  options: {change: 0.5}\n", "")
+    return parse_spec(text.replace("steps: 100", "steps: 8").replace("steps: 50", "steps: 4"), "scarce.yaml").spec
+
+
+@pytest.mark.parametrize("order", ["reproducible", "asynchronous"])
+def test_a_sweep_goes_on_in_smaller_packs_where_memory_runs_out(order: str, scarce: SweepSpec, cache: Path, tmp_path):
+    spec = scarce.model_copy(update={"search": scarce.search.model_copy(update={"order": order})})
+    reduction, events = Reduction.of(spec), []
+    searcher = PackSearcher(
+        spec,
+        reduction,
+        trial_space(spec, reduction),
+        trials=16,
+        rungs=(4, 8),
+        pack=8,
+        lanes=1,
+        cache=cache,
+        checkpoints=tmp_path / "checkpoints",
+        append=events.extend,
+    )
+    worker, sizes = JobRunner(), []
+    while (order_ := searcher.suggest()) is not None:
+        result = worker.run(order_)
+        sizes.append((len(order_.members), result.error))
+        searcher.complete(result)
+    assert searcher.finished
+    assert sizes[:3] == [(8, "oom"), (4, "oom"), (2, None)]
+    assert {size for size, error in sizes[2:]} <= {1, 2}
+    assert [error for _, error in sizes].count("oom") == 2
+    told = [event for event in events if isinstance(event, TrialTold)]
+    assert [event.state for event in told] == ["finished"] * 16
+    assert any(isinstance(event, Certified) for event in events)
+
+
+def test_a_worker_that_ran_out_of_memory_lets_go_of_it_and_gives_the_model_back(scarce: SweepSpec, runner):
+    worker = JobRunner()
+    full = runner(*[GOOD] * 3, spec=scarce, worker=worker, stop=2)
+    assert full.error == "oom"
+    assert "CUDA out of memory with 3 members" in full.detail
+    task = worker._loaded[1]
+    (held,) = task.seen
+    assert held() is None
+    assert not any(isinstance(module, BankedLayer) for module in task.model.modules())
+    assert runner(*[GOOD] * 2, spec=scarce, worker=worker, stop=2).error is None
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

@@ -126,6 +126,8 @@ class CausalLmTask(Section):
     packing: Flag = False
     """Put several short samples into one row of max_length tokens, where they do not see each other; batch_size then
     counts rows. Otherwise a row is a sample, padded to the longest of its batch."""
+    group_by_length: Flag = False
+    """Make batches of rows of like length, as transformers does: less padding, and an order that is less random."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Implementation of attention; auto: what transformers takes."""
     gradient_checkpointing: Flag = False
@@ -135,6 +137,8 @@ class CausalLmTask(Section):
     def _knows_completions(self) -> Self:
         if self.loss == "completion" and self.data.format == "text":
             raise refuse("all, for samples of text have no completions", self.loss, path=("loss",))
+        if self.packing and self.group_by_length:
+            raise refuse("false with packing, whose rows are full", self.group_by_length, path=("group_by_length",))
         return self
 
 

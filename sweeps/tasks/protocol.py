@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 class Task(Protocol):
-    """What training asks of a task. Every method treats the pack's rows as member-major: member 0's rows first."""
+    """What training asks of a task. Every method treats the pack's rows as member-major: member 0's rows first.
+
+    A task of sequences says one thing more, which others leave out: `lengths_S`, the tokens of each training sample
+    [n_samples], padding not counted, int64, on the CPU, the same tensor each time. By it tokens a second are told, and
+    batches made of samples of like length.
+    """
 
     @property
     def model(self) -> nn.Module:

@@ -101,6 +101,7 @@ AXOLOTL: dict[str, Any] = {
     "adam_beta1": float,
     "adam_beta2": float,
     "max_grad_norm": float,
+    "group_by_length": bool,
     # schemas/config.py at 70be546
     "warmup_steps": int,
     "max_steps": int,

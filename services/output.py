@@ -307,6 +307,7 @@ def print_plan(plan: Plan) -> None:
     _print_lines("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"])
     _print_lines("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"])
     _print_lines("packs", [f"of {plan.pack} on {plan.workers} workers"])
+    _print_lines("dtype", [plan.dtype or "float32"])
     _print_lines("certificates", [f"{plan.certificates} classes"])
     if plan.seconds is not None:
         cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"

@@ -12,9 +12,10 @@ import torch
 
 from sweeps.spec import SweepSpec
 from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask
+from sweeps.spec_tasks import Task as Section
 from sweeps.tasks.protocol import Task
 
-__all__ = ["Task", "load_task"]
+__all__ = ["Task", "load_task", "saved_dtype"]
 
 
 def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
@@ -42,3 +43,17 @@ def load_task(spec: SweepSpec, *, cache: Path, device: torch.device) -> Task:
             from sweeps.tasks.entrypoint import load_entrypoint
 
             return load_entrypoint(section, cache=cache, device=device, dtype=dtype)
+
+
+def saved_dtype(section: Section) -> str:
+    """The dtype that a task's model was saved in, by torch's name; float32 for a task without a saved model.
+
+    Raises:
+        TaskError: there is no such model.
+    """
+    match section:
+        case CausalLmTask():
+            from sweeps.tasks.pretrained import saved_dtype as of_checkpoint
+
+            return of_checkpoint(section)
+    return "float32"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from sweeps.spec_tasks import CausalLmTask
 _Made = TypeVar("_Made")
 
 
-def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype | Literal["auto"]) -> nn.Module:
     """Loads a model, frozen and without dropout.
 
     Raises:
@@ -69,6 +69,21 @@ def most_positions(section: CausalLmTask) -> int | None:
     config = _loaded(section.model, partial(_config, section), "a causal language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def saved_dtype(section: CausalLmTask) -> str:
+    """The dtype that a model was saved in, by torch's name: of its config, else of its weights, as transformers'
+    `dtype="auto"` has it.
+
+    Raises:
+        TaskError: there is none, or it cannot be loaded as it is.
+    """
+    config = _loaded(section.model, partial(_config, section), "a causal language model")
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:
+        model = load_causal_lm(section, device=torch.device("cpu"), dtype="auto")
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return str(dtype).removeprefix("torch.")
 
 
 def vocabulary(model: nn.Module) -> int:

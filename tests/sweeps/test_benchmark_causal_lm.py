@@ -51,6 +51,12 @@ def test_work_that_is_not_the_same_is_no_measurement(monkeypatch: pytest.MonkeyP
         main(["--shape", "tiny", "--members", "2", "--batch", "2", "--width", "16", "--rounds", "1"])
 
 
+def test_cpu_time_is_of_one_thread(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--clock", "process", "--threads", "2"])
+    assert "--clock process counts one CPU thread; found more, or a GPU" in capsys.readouterr().err
+
+
 def test_it_needs_neither_ray_nor_mlflow():
     code = "import sys, benchmarks.causal_lm; print([m for m in ('ray', 'mlflow', 'optuna') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

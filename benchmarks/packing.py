@@ -35,7 +35,7 @@ def network(width: int) -> nn.Sequential:
 def packed_step(width: int, rows: int, members: int) -> Callable[[], float]:
     """Returns a function that trains STEPS steps of a pack and gives the seconds a step."""
     model = network(width)
-    settings = FactorSettings(lr=1e-4, eps=1e-8, weight_decay=0.0)
+    settings = FactorSettings(lr=1e-4, constants={"eps": 1e-8})
     member = Member(Point(RANK, 2.0, 1.0, settings, settings, clip_norm=1.0), seed=0)
     bank = LoraBank.attach(model, ["0", "2", "4", "6"], [member] * members)
     optimizer = PackOptimizer(bank, OptimizerConfig("adamw"))

@@ -2,6 +2,7 @@
 
     suffix  meaning
     K       members of the pack, k one of them
+    S       samples of the training set
 
 Steps are counted from 0 while they are to be done (schedules, data order) and from 1 once they are done (records).
 A step takes one batch of data, or as many as are accumulated: step n of `accumulation` batches takes those from
@@ -58,25 +59,67 @@ class Schedule:
         return lr_factor(self.kind, step, steps=self.steps, warmup_steps=self.warmup_steps)
 
 
-def batch_indices(n_samples: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """Returns the samples of a step [batch_size], int64, on the CPU: the same for every member (common random numbers).
+def batch_indices(
+    n_samples: int, batch_size: int, step: int, seed: int, *, lengths_S: Tensor | None = None, accumulation: int = 1
+) -> Tensor:
+    """Returns the samples of a batch [batch_size], int64, on the CPU: the same for every member (common random
+    numbers).
 
     Each epoch is a permutation drawn from (seed, epoch) and cut into batches; what does not fill a batch is dropped.
     Nothing is remembered between steps, so a resumed job sees what the interrupted one would have seen.
 
+    Args:
+        n_samples: S, size of the data.
+        batch_size: samples of a batch.
+        step: number of the batch, from 0.
+        seed: of the order.
+        lengths_S: of the samples; given, an epoch's permutation is rearranged so that a batch has samples of like
+            length (`group_by_length`).
+        accumulation: batches a step, which go by length together.
+
     Raises:
-        ValueError: the batch is larger than the data.
+        ValueError: the batch is larger than the data, or there is not one length a sample.
     """
     if not 1 <= batch_size <= n_samples:
         raise ValueError(f"batch_size must be between 1 and the number of samples, {n_samples}; found {batch_size}")
+    if lengths_S is not None and lengths_S.shape != (n_samples,):
+        raise ValueError(f"lengths must be one a sample, shape ({n_samples},); found {tuple(lengths_S.shape)}")
     epoch, batch = divmod(step, n_samples // batch_size)
-    order = _epoch_order(n_samples, epoch, seed)
-    return order[batch * batch_size : (batch + 1) * batch_size].clone()
+    order_S = _epoch_order(n_samples, epoch, seed, lengths_S, batch_size * accumulation)
+    return order_S[batch * batch_size : (batch + 1) * batch_size].clone()
 
 
-@functools.lru_cache(maxsize=2)  # of a pure function: an epoch's steps ask for the same permutation, which can be long
-def _epoch_order(n_samples: int, epoch: int, seed: int) -> Tensor:
-    return torch.randperm(n_samples, generator=generator("data order", seed, epoch))
+# Of a pure function: an epoch's steps ask for the same permutation, which can be long. Tensors are told apart by
+# identity here, and a caller gives the same one each time.
+@functools.lru_cache(maxsize=2)
+def _epoch_order(n_samples: int, epoch: int, seed: int, lengths_S: Tensor | None, rows: int) -> Tensor:
+    order_S = torch.randperm(n_samples, generator=generator("data order", seed, epoch))
+    return order_S if lengths_S is None else group_by_length(order_S, lengths_S, rows)
+
+
+_MOST_GROUPED = 50
+"""Steps whose samples are sorted by length together."""
+
+
+def group_by_length(order_S: Tensor, lengths_S: Tensor, rows: int) -> Tensor:
+    """Rearranges a permutation so that samples of like length are neighbours, and some randomness stays.
+
+    transformers' `get_length_grouped_indices` (trainer_pt_utils.py), which draws the permutation itself: stretches of
+    50 steps, or a quarter of the data where that is less, each sorted from long to short; then the longest sample of
+    all comes first, so that memory runs out at once if it does.
+
+    Args:
+        order_S: the permutation [S].
+        lengths_S: of the samples [S].
+        rows: samples of a step.
+    """
+    stretch = rows * max(1, min(len(order_S) // (4 * rows), _MOST_GROUPED))
+    order_S = torch.cat(
+        [part[lengths_S[part].argsort(descending=True, stable=True)] for part in torch.split(order_S, stretch)]
+    )
+    longest = stretch * int(lengths_S[order_S[::stretch]].argmax())
+    order_S[[0, longest]] = order_S[[longest, 0]]
+    return order_S
 
 
 @dataclass(frozen=True, slots=True)

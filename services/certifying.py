@@ -119,11 +119,12 @@ def _certify(
     from sweeps import preflight
     from sweeps.certificates import check_place
     from sweeps.collapse import steps_within
+    from sweeps.dtypes import with_dtype
     from sweeps.home import Home
     from sweeps.reduction import Reduction
     from sweeps.spec import load_spec
 
-    document, home = load_spec(path), Home.open()
+    document, home = with_dtype(load_spec(path)), Home.open()
     if output is not None:
         check_place(output)
     reduction = Reduction.of(document.spec)

@@ -16,12 +16,13 @@ def discover(path: Path, optimizer: str, *, configuration: str | None, steps: in
     from sweeps import preflight
     from sweeps.class_choice import read_configuration
     from sweeps.collapse import steps_within
+    from sweeps.dtypes import with_dtype
     from sweeps.foreign import find_law_of, load_optimizer, middle_of
     from sweeps.home import Home
     from sweeps.reduction import Reduction
     from sweeps.spec import load_spec
 
-    document = load_spec(path)
+    document = with_dtype(load_spec(path))
     steps = steps_within(document.spec, steps)
     if document.spec.lora.dora:
         raise InputError("the law of an optimizer is looked for without DoRA; found lora.dora: true; set it to false")

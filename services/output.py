@@ -20,7 +20,7 @@ import click
 from sweeps import tracking
 from sweeps.collapse import Certificate
 from sweeps.driver import Outcome
-from sweeps.events import Event, JobStarted, RungReported, TrialAsked, TrialTold
+from sweeps.events import Event, JobEnded, JobStarted, RungReported, TrialAsked, TrialTold
 from sweeps.export import FORMATS
 from sweeps.home import Home
 from sweeps.interrupts import Interrupted, Interrupts
@@ -44,6 +44,7 @@ class Watcher:
         self._asked = self._steps = 0
         self._certificates = 0
         self._best: str = ""
+        self._tokens, self._train_s = 0, 0.0
 
     def stage(self, text: str) -> None:
         """A new stage."""
@@ -70,6 +71,9 @@ class Watcher:
                     self._told[event.state] += 1
                 case RungReported():
                     self._steps = max(self._steps, event.step)
+                case JobEnded() if event.tokens is not None:
+                    self._tokens += event.tokens
+                    self._train_s += event.train_s
                 case JobStarted() if event.work == "certify":
                     self._certificates += 1
                 case _:
@@ -89,7 +93,8 @@ class Watcher:
             return f"certificate {self._certificates}"
         under_way = self._asked - self._told.total()
         ended = f"; {counts_in_words(self._told)}" if self._told else ""
-        return f"{self._asked} trials asked, {under_way} under way{ended}"
+        speed = f"; {self._tokens / self._train_s:,.0f} tokens/s a worker" if self._tokens else ""
+        return f"{self._asked} trials asked, {under_way} under way{ended}{speed}"
 
     def _show(self, text: str, *, final: bool) -> None:
         line = f"[{time.monotonic() - self._began_s:5.1f} s] {text}"
@@ -159,6 +164,7 @@ def outcome_as_json(outcome: Outcome) -> dict[str, Any]:
         "report": None if outcome.report is None else str(outcome.report / "report.html"),
         "certificates": [_certificate_as_json(certificate) for certificate in record.certificates],
         "seconds": outcome.seconds,
+        "tokens_per_s": record.tokens_per_s,
     }
 
 
@@ -196,6 +202,8 @@ def _outcome_lines(outcome: Outcome) -> Iterator[tuple[str, list[str]]]:
     yield "sweep", [f"{record.id}: {record.state} after {total_s:.0f} s"]
     yield "reduction", _reduction_lines(record)
     yield "trials", [_trials_in_words(record)]
+    if record.tokens_per_s is not None:
+        yield "speed", [f"{record.tokens_per_s:,.0f} tokens/s a worker, over its pack and without padding"]
     yield "best", best_lines(record) if record.best else ["no trial has finished"]
     yield "certificates", _certificate_lines(record)
     if outcome.report is not None:
@@ -305,6 +313,7 @@ def print_plan(plan: Plan) -> None:
     if plan.base_bytes is not None and plan.member_bytes is not None:
         packs.append(f"each takes {_size(plan.base_bytes)} and {_size(plan.member_bytes)} a member")
     _print_lines("packs", packs)
+    _print_lines("dtype", [plan.dtype or "float32"])
     _print_lines("certificates", [f"{plan.certificates} classes"])
     if plan.seconds is not None:
         cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"

@@ -15,6 +15,7 @@ from typing import Protocol
 from sweeps import engine, tracking
 from sweeps.clock import Clock
 from sweeps.deliverables import write_report
+from sweeps.dtypes import with_dtype
 from sweeps.errors import ClusterError, StateError, TrackingError
 from sweeps.events import (
     DriverStarted,
@@ -99,6 +100,7 @@ def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: boo
     from lora_core.memory import base_bytes
     from sweeps import preflight
 
+    document = with_dtype(document)
     spec, reduction = document.spec, Reduction.of(document.spec)
     fit = preflight.preflight(document, reduction, home.cache, whole=False)
     member = preflight.member_bytes(spec, reduction, fit)
@@ -138,8 +140,10 @@ def start(
     Raises:
         InputError: something that was asked for cannot be done.
     """
-    clock, spec = Clock(), document.spec
+    clock = Clock()
     progress.stage("checking the spec against the model and the data")
+    document = with_dtype(document)
+    spec = document.spec
     plan = plan_sweep(document, home)
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     experiment = spec.tracking.experiment or spec.name

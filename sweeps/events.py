@@ -108,6 +108,8 @@ class JobEnded(_Event):
     detail: str = ""
     setup_s: float = 0.0
     train_s: float = 0.0
+    tokens: int | None = None
+    """Tokens that its members were trained on in `train_s`, padding not counted; None where nobody counted."""
     eval_s: float = 0.0
     wall_s: float = 0.0
 

@@ -64,4 +64,6 @@ class JobResult(_Message):
     certificate: dict[str, Any] | None = None
     setup_s: float = 0.0
     train_s: float = 0.0
+    tokens: int | None = None
+    """Tokens that its members were trained on in `train_s`, padding not counted; None where the task has none."""
     eval_s: float = 0.0

@@ -40,6 +40,8 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     optimizer: str
+    dtype: str | None = None
+    """Number format of the training, `auto` found out; None in plans from before it was kept."""
     law: str
     """What the same run has at k times the alpha, in words."""
     reference_alpha: str
@@ -123,6 +125,7 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
     member_steps = _member_steps(spec, trials, rungs)
     return Plan(
         optimizer=spec.train.optimizer,
+        dtype=spec.train.dtype,
         law=reduction.law.describe(),
         reference_alpha=str(reduction.reference),
         configurations=reduction.space.size,

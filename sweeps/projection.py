@@ -4,6 +4,7 @@
     SweepCreated                 the parent run: params, tags, description; spec and plan as artifacts
     JobStarted                   a child run for each trial that has none; RUNNING again for one that was stopped
     RungReported, MemberDiverged `train/loss` at its steps, the task's metrics at the rung
+    JobEnded                     on the parent, of a task of sequences: `train/tokens_per_s` of the job, at its number
     TrialTold                    the child's end: FINISHED, KILLED (pruned), FAILED (diverged, failed)
     Certified                    a child run a twin
     SweepEnded                   the parent's end, the best trial, the description; no child is left RUNNING
@@ -26,6 +27,7 @@ from sweeps.collapse import Certificate
 from sweeps.events import (
     Certified,
     DriverStarted,
+    JobEnded,
     JobStarted,
     MemberDiverged,
     ReportWritten,
@@ -170,6 +172,8 @@ class Projection:
                     self._start(trial)
             case RungReported() | MemberDiverged() as reported:
                 self._report(reported, at_ms)
+            case JobEnded() as job if job.tokens and job.train_s:
+                self._parent().add("train/tokens_per_s", [(job.job, job.tokens / job.train_s)], at_ms)
             case TrialTold() as told if told.trial in self._children:
                 self._tell(told, at_ms)
             case Certified() as certified:

@@ -42,10 +42,25 @@ def steps_of(spec: SweepSpec, task: Task, optimizer: PackOptimizer, *, start: in
 def losses_of(spec: SweepSpec, task: Task, *, members: int) -> Callable[[int], torch.Tensor]:
     """The losses of a pack [K] as a function of the batch's number, over the spec's data order."""
 
+    indices = indices_of(spec, task)
+
     def losses_K(batch: int) -> torch.Tensor:
-        return task.losses_K(batch_indices(task.n_samples, spec.train.batch_size, batch, spec.train.seed), members)
+        return task.losses_K(indices(batch), members)
 
     return losses_K
+
+
+def indices_of(spec: SweepSpec, task: Task) -> Callable[[int], torch.Tensor]:
+    """The samples of a batch [batch_size] as a function of its number: the spec's data order."""
+    train = spec.train
+    lengths_S = lengths_of(task) if spec.group_by_length else None
+
+    def indices(batch: int) -> torch.Tensor:
+        return batch_indices(
+            task.n_samples, train.batch_size, batch, train.seed, lengths_S=lengths_S, accumulation=train.accumulation
+        )
+
+    return indices
 
 
 def lengths_of(task: Task) -> torch.Tensor | None:

@@ -118,6 +118,13 @@ class SweepRecord:
         """The trials that are trained themselves: all but duplicates."""
         return [trial for trial in self.trials.values() if trial.duplicate_of is None]
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens trained a second of one worker's training, over all jobs whose task counts them; else None."""
+        counted = [job for job in self.jobs_ended.values() if job.tokens]
+        train_s = sum(job.train_s for job in counted)
+        return sum(job.tokens or 0 for job in counted) / train_s if train_s else None
+
     def counts(self) -> dict[str, int]:
         """Trials by state."""
         states = [trial.state for trial in self.trained]

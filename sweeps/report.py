@@ -118,6 +118,8 @@ class CollapseReport(_Part):
     certificates: tuple[Certificate, ...]
     rank_scaling: RankScaling
     seconds: dict[str, float]
+    tokens_per_s: float | None
+    """Tokens trained a second by one worker, padding not counted; None where the task has none."""
 
 
 def best_point(record: SweepRecord) -> Best | None:
@@ -184,6 +186,7 @@ def build(record: SweepRecord) -> CollapseReport:
         certificates=tuple(Certificate.model_validate(certificate) for certificate in record.certificates),
         rank_scaling=_rank_scaling(record, reduction),
         seconds=record.seconds,
+        tokens_per_s=record.tokens_per_s,
     )
 
 

@@ -161,6 +161,7 @@ class PackSearcher:
                 detail=result.detail,
                 setup_s=result.setup_s,
                 train_s=result.train_s,
+                tokens=result.tokens,
                 eval_s=result.eval_s,
                 wall_s=wall_s,
             )

@@ -105,6 +105,11 @@ class SweepSpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     """Where the sweep is recorded."""
 
+    @property
+    def group_by_length(self) -> bool:
+        """Whether a batch has rows of like length; tasks whose rows are of one length have no such key."""
+        return bool(getattr(self.task, "group_by_length", False))
+
     @model_validator(mode="before")
     @classmethod
     def _with_its_preset(cls, raw: Any) -> Any:

@@ -30,6 +30,7 @@ Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrZero = Annotated[int, Strict(), Field(ge=0)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 Flag = Annotated[bool, Strict()]
+Dtype = Literal["float32", "float64", "bfloat16", "auto"]
 Positive = Annotated[float, Strict(), Field(gt=0)]
 BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
 
@@ -137,8 +138,9 @@ class TrainSpec(Section):
     """Learning rate of DoRA's magnitudes, which alpha does not move; required with lora.dora."""
     clip_norm: Positive | None = None
     """Gradient norm over all adapter weights to which a trial is clipped, at the reference alpha; null: not clipped."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Number format of the training."""
+    dtype: Dtype = "float32"
+    """Number format of the training. auto: what the model was saved in, as in transformers; float32 for a task without
+    a saved model."""
     seed: Seed = 0
     """Seed of the data order and of the adapters' initialisation."""
 

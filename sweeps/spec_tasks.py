@@ -145,6 +145,8 @@ class ModelTask(Section):
     """The most tokens of a sample; null: 1024, or what the model has positions for if that is less."""
     too_long: Literal["refuse", "truncate", "drop"] = "refuse"
     """What happens to longer samples."""
+    group_by_length: Flag = False
+    """Make batches of rows of like length, as transformers does: less padding, and an order that is less random."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Implementation of attention; auto: what transformers takes. flash_attention_2 does not go with packing."""
     gradient_checkpointing: Flag = False
@@ -185,6 +187,8 @@ class CausalLmTask(ModelTask):
     def _knows_completions(self) -> Self:
         if self.loss == "completion" and self.data.format == "text":
             raise refuse("all, for samples of text have no completions", self.loss, path=("loss",))
+        if self.packing and self.group_by_length:
+            raise refuse("false with packing, whose rows are full", self.group_by_length, path=("group_by_length",))
         return self
 
 

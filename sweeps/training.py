@@ -7,6 +7,7 @@ import json
 import math
 import time
 import traceback
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lora_core.checkpoint import load_member, save_member
 from lora_core.optimizers import PackOptimizer
 from sweeps.certifying import ClassOrder, certify
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult, MemberOrder, MemberResult
-from sweeps.recipe import bank_of, optimizer_of, steps_of
+from sweeps.recipe import bank_of, indices_of, lengths_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
@@ -59,8 +60,7 @@ class JobRunner:
             (certificate,) = certify(spec, task, [wanted], steps=order.stop, in_float64=in_float64)
             train_s = time.perf_counter() - started_s - setup_s
             return JobResult(job=order.job, certificate=certificate.model_dump(), setup_s=setup_s, train_s=train_s)
-        members, train_s, eval_s = train_members(spec, task, order)
-        return JobResult(job=order.job, members=members, setup_s=setup_s, train_s=train_s, eval_s=eval_s)
+        return train_members(spec, task, order).model_copy(update={"setup_s": setup_s})
 
     def _task(self, spec: SweepSpec, cache: Path) -> Task:
         key = f"{spec.task.model_dump_json()} {spec.train.dtype} {spec.train.seed}"
@@ -74,12 +74,8 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[MemberResult, ...], float, float]:
-    """Trains the members of an order, measures them, and saves their states.
-
-    Returns:
-        The results in the order's own order, and the seconds spent on training and on evaluation.
-    """
+def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> JobResult:
+    """Trains the members of an order, measures them, and saves their states; results are in the order's own order."""
     reduction, checkpoints = Reduction.of(spec), Path(order.checkpoints)
     members = [Member(reduction.point(m.configuration), spec.train.seed) for m in order.members]
     with bank_of(spec, task, members) as bank:
@@ -90,7 +86,7 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
                 bank.load_adapter(k, state.adapter)
                 optimizer.load_state(k, state.optimizer)
         started_s = time.perf_counter()
-        losses, diverged_at = _train(spec, task, optimizer, order.start, order.stop)
+        seen = _train(spec, task, optimizer, order.start, order.stop)
         trained_s = time.perf_counter()
         metrics = task.evaluate(len(members))
         if spec.metric.name not in metrics[0]:
@@ -98,7 +94,7 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
                 f"the task must report metric.name, {spec.metric.name}; found {', '.join(metrics[0]) or 'nothing'}"
             )
         for k, member in enumerate(order.members):
-            if k not in diverged_at:
+            if k not in seen.diverged_at:
                 save_member(
                     checkpoints / _checkpoint(member, order.stop),
                     adapter=bank.adapter(k),
@@ -110,14 +106,16 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> tuple[tuple[M
     results = tuple(
         MemberResult(
             trial=member.trial,
-            diverged_at=diverged_at.get(k),
-            metrics={} if k in diverged_at else metrics[k],
-            train_losses=tuple((step, row[k]) for step, row in losses if math.isfinite(row[k])),
-            checkpoint=None if k in diverged_at else _checkpoint(member, order.stop),
+            diverged_at=seen.diverged_at.get(k),
+            metrics={} if k in seen.diverged_at else metrics[k],
+            train_losses=tuple((step, row[k]) for step, row in seen.losses if math.isfinite(row[k])),
+            checkpoint=None if k in seen.diverged_at else _checkpoint(member, order.stop),
         )
         for k, member in enumerate(order.members)
     )
-    return results, trained_s - started_s, ended_s - trained_s
+    return JobResult(
+        job=order.job, members=results, train_s=trained_s - started_s, tokens=seen.tokens, eval_s=ended_s - trained_s
+    )
 
 
 def _said_of_the_model(bank: LoraBank) -> dict[str, str]:
@@ -125,19 +123,35 @@ def _said_of_the_model(bank: LoraBank) -> dict[str, str]:
     return {"fan_in_fan_out": json.dumps(bank.fan_in_fan_out), "heads": json.dumps(list(bank.heads))}
 
 
-def _train(
-    spec: SweepSpec, task: Task, optimizer: PackOptimizer, start: int, stop: int
-) -> tuple[list[tuple[int, tuple[float, ...]]], dict[int, int]]:
-    """Trains a pack; returns (step, losses [K]) thinned out, and the step at which each diverged member did so."""
+@dataclass(slots=True)
+class _Seen:
+    """What the training of a pack showed.
+
+    Attributes:
+        losses: (step, losses [K]), thinned out.
+        diverged_at: the step at which each diverged member did so.
+        tokens: trained on by all members that had not diverged; None where the task does not say.
+    """
+
+    losses: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)
+    diverged_at: dict[int, int] = field(default_factory=dict)
+    tokens: int | None = None
+
+
+def _train(spec: SweepSpec, task: Task, optimizer: PackOptimizer, start: int, stop: int) -> _Seen:
     stride = math.ceil((stop - start) / _MOST_LOSSES)
-    losses: list[tuple[int, tuple[float, ...]]] = []
-    diverged_at: dict[int, int] = {}
+    indices, lengths_S, accumulation = indices_of(spec, task), lengths_of(task), spec.train.accumulation
+    seen = _Seen(tokens=None if lengths_S is None else 0)
     for record in steps_of(spec, task, optimizer, start=start, stop=stop):
         for k in record.diverged:
-            diverged_at.setdefault(k, record.step)
+            seen.diverged_at.setdefault(k, record.step)
         if (record.step - start) % stride == 0 or record.step == stop:
-            losses.append((record.step, record.losses))
-    return losses, diverged_at
+            seen.losses.append((record.step, record.losses))
+        if lengths_S is not None and seen.tokens is not None:
+            batches = range((record.step - 1) * accumulation, record.step * accumulation)
+            of_member = sum(int(lengths_S[indices(batch)].sum()) for batch in batches)
+            seen.tokens += of_member * (len(record.losses) - len(record.diverged))
+    return seen
 
 
 def _checkpoint(member: MemberOrder, step: int) -> str:

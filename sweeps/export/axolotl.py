@@ -52,6 +52,8 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         **loraplus_keys(point),
     }
     arguments = training_arguments(point, "Axolotl", loraplus=True)
+    if arguments.pop("train_sampling_strategy", None):
+        values["group_by_length"] = True
     values |= {_RENAMED.get(name, name): value for name, value in arguments.items()} | _data(section)
     left = leftovers_of(point, "Axolotl") + optimizer_leftovers(point, "Axolotl") + _loraplus_leftovers(point)
     left += data_leftovers(point, "Axolotl", overlong=_OVERLONG)

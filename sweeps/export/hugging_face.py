@@ -7,6 +7,7 @@ Keys and what they do: transformers 5.23, `training_args.py`, `trainer.py`, `tra
     warmup_steps            a number below 1 is a fraction of the run
     lr_scheduler_type       `constant` passes over the warm-up
     dataloader_drop_last    an epoch's last batch would be a smaller one
+    train_sampling_strategy transformers 5's name of what 4 called `group_by_length: true`
     optim                   names of transformers', of which few are torch.optim's
 """
 
@@ -47,6 +48,7 @@ def training_arguments(point: ExportPoint, trainer: str, *, loraplus: bool, head
         "per_device_train_batch_size": train.batch_size,
         "gradient_accumulation_steps": train.accumulation,
         "dataloader_drop_last": True,
+        **({"train_sampling_strategy": "group_by_length"} if point.spec.group_by_length else {}),
         "seed": train.seed,
         "bf16": train.dtype == "bfloat16",
         "fp16": False,

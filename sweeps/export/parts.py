@@ -124,6 +124,12 @@ def leftovers_of(point: ExportPoint, trainer: str) -> list[Leftover]:
                 "torch's clip_grad_norm_ divides by the norm + 1e-6; the trial was clipped exactly",
             )
         )
+    if point.spec.group_by_length:
+        text = (
+            "a batch has samples of like length: train_sampling_strategy: group_by_length in transformers 5, "
+            "group_by_length: true in transformers 4 and Axolotl"
+        )
+        found.append(Leftover("group_by_length", None, False, text))
     if point.spec.train.dtype == "bfloat16":
         found.append(
             Leftover(

@@ -49,6 +49,8 @@ class CausalLmTask:
         self._train = train
         self._held_out = held_out
         self._device = next(model.parameters()).device
+        self.lengths_S = train.widths_R
+        """Tokens of each row of the training set [n_samples], padding not counted."""
 
     @classmethod
     def load(cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype) -> CausalLmTask:

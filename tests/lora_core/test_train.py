@@ -5,9 +5,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_core.adapter import Member
 from lora_core.optimizers import OptimizerConfig
+from lora_core.seeds import generator
 from lora_core.train import Schedule, batch_indices, lr_factor, train_pack
 from tests.lora_core.support import Pack, make_point
 
@@ -64,6 +66,28 @@ def test_data_order_depends_on_seed_and_step_only():
 def test_a_batch_larger_than_the_data_is_refused(batch_size):
     with pytest.raises(ValueError, match=f"between 1 and the number of samples, 20; found {batch_size}"):
         batch_indices(20, batch_size, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "batch_size", "accumulation"), [(2000, 4, 1), (2000, 4, 3), (1003, 8, 1), (23, 5, 1), (20, 20, 1)]
+)
+def test_grouped_by_length_an_epoch_is_in_transformers_own_order(n_samples, batch_size, accumulation):
+    lengths = torch.randint(1, 30, (n_samples,), generator=torch.Generator().manual_seed(0))  # many are alike
+    batches = n_samples // batch_size
+    for epoch in (0, 1):
+        theirs = get_length_grouped_indices(
+            lengths.tolist(), batch_size * accumulation, generator=generator("data order", 3, epoch)
+        )
+        ours = [
+            batch_indices(n_samples, batch_size, step, 3, lengths_S=lengths, accumulation=accumulation)
+            for step in range(epoch * batches, (epoch + 1) * batches)
+        ]
+        assert torch.cat(ours).tolist() == theirs[: batches * batch_size]
+
+
+def test_lengths_that_are_not_one_a_sample_are_refused():
+    with pytest.raises(ValueError, match=r"one a sample, shape \(20,\); found \(19,\)"):
+        batch_indices(20, 5, 0, 0, lengths_S=torch.ones(19))
 
 
 # -- a packed member is its solo run -----------------------------------------------------------------------------------

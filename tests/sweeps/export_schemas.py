@@ -41,6 +41,7 @@ AXOLOTL: dict[str, Any] = {
     "adam_epsilon": float,
     "adam_beta1": float,
     "adam_beta2": float,
+    "group_by_length": bool,
     "max_grad_norm": float,
     "train_on_inputs": bool,
     # schemas/config.py

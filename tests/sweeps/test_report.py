@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sweeps.collapse import Certificate, TwinVerdict
-from sweeps.events import JobStarted, RungReported, SweepCreated, SweepEnded, TrialAsked, TrialTold
+from sweeps.events import JobEnded, JobStarted, RungReported, SweepCreated, SweepEnded, TrialAsked, TrialTold
 from sweeps.ledger import Ledger
 from sweeps.plan import make_plan
 from sweeps.records import SweepRecord, read_sweep
@@ -119,6 +119,15 @@ def test_verdicts_stand_in_every_format(tmp_path: Path, verdict: str):
     for form in FORMATS:
         assert verdict in render(proven, form)
     assert ("0 of 1" in render(proven, "html")) == (verdict == "different")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_tokens_a_second_are_told_where_they_were_counted(tmp_path: Path, form: str):
+    ended = JobEnded(job=0, train_s=2.0, tokens=24_691)
+    counted = render(build(record_with(tmp_path / "a", *trial(0, "finished", 1.0), ended)), form)
+    assert ('"tokens_per_s": 12345.5' if form == "json" else "trained 12,346 tokens/s") in counted
+    plain = render(build(record_with(tmp_path / "b", *trial(0, "finished", 1.0))), form)
+    assert ('"tokens_per_s": null' in plain) if form == "json" else ("tokens/s" not in plain)
 
 
 def test_what_a_user_wrote_cannot_become_markup(tmp_path: Path):

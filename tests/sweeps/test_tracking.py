@@ -22,7 +22,16 @@ import pytest
 
 from sweeps import tracking, tracking_address
 from sweeps.errors import TrackingError
-from sweeps.events import Delivered, DriverStarted, JobStarted, ReportWritten, SweepEnded, SweepState, TrialAsked
+from sweeps.events import (
+    Delivered,
+    DriverStarted,
+    JobEnded,
+    JobStarted,
+    ReportWritten,
+    SweepEnded,
+    SweepState,
+    TrialAsked,
+)
 from sweeps.ledger import Ledger
 from sweeps.space import Configuration
 from sweeps.tracking import (
@@ -140,6 +149,17 @@ def test_trials_show_what_they_were_and_what_they_reported(story: Story, uri: st
     assert abs(trial.end_ms / 1000 - records["TrialTold"].at_s) < 0.01
     assert runs["trial 4"].status == "RUNNING"
     assert "objective" not in runs["trial 2"].metrics
+
+
+def test_parent_shows_the_tokens_a_second_of_every_job_that_counts_them(story: Story, uri: str, client: Any) -> None:
+    story.tell_all()
+    story.append(JobEnded(job=0, train_s=2.0, tokens=3000), JobEnded(job=1, train_s=2.0))
+    story.append(JobEnded(job=2, train_s=4.0, tokens=10_000))
+    Outbox(story.ledger, story.sweep, uri, "tokens").deliver()
+    runs = seen(client, "tokens", story.sweep)
+    points = runs["sweep "].metrics["train/tokens_per_s"]
+    assert [(step, value) for step, _, value in points] == [(0, "1500.0"), (2, "2500.0")]
+    assert not any("train/tokens_per_s" in run.metrics for key, run in runs.items() if key != "sweep ")
 
 
 def test_parent_describes_the_sweep(story: Story, uri: str, client: Any, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from sweeps.export.hugging_face import loraplus_keys, optimizer_leftovers, train
 from sweeps.export.parts import Exported, Leftover, json_text, leftovers_of, save, torch_group, yaml_text
 from sweeps.export.peft import adapter_config
 from sweeps.export.point import ExportPoint
-from sweeps.export.task import attention, data_leftovers, language_model, longest
-from sweeps.spec_tasks import CausalLmTask
+from sweeps.export.task import attention, data_leftovers, longest
+from sweeps.spec_tasks import CausalLmTask, ModelTask, SequenceClassificationTask
 
 _NAME = "transformers' Trainer"
 _USAGE = (
@@ -51,8 +51,8 @@ def write(point: ExportPoint, directory: Path) -> Exported:
         text = "the Trainer has one lr: pass it the optimizer of parameter_groups.yaml, or the head trains with lr of A"
         left.append(Leftover("head_lr", head.lr, True, text))
     arguments = training_arguments(point, _NAME, loraplus=True, heads=True)
-    section = language_model(point)
-    if section is not None:
+    section = point.spec.task
+    if isinstance(section, ModelTask):
         # The older name, which all releases know; 5.23 warns that it is one.
         arguments |= {"gradient_checkpointing": True} if section.gradient_checkpointing else {}
         left += [*data_leftovers(point, _NAME, overlong=("truncate", "drop")), _by_hand(point, section)]
@@ -67,14 +67,15 @@ def write(point: ExportPoint, directory: Path) -> Exported:
     return save(point, directory, texts, left)
 
 
-def _by_hand(point: ExportPoint, section: CausalLmTask) -> Leftover:
+def _by_hand(point: ExportPoint, section: ModelTask) -> Leftover:
     """The model and the data, for which `TrainingArguments` has no keys."""
     loaded = [f"dtype {point.spec.train.dtype}", *([f"attention {named}"] if (named := attention(section)) else [])]
-    data = [
-        f"samples of at most {longest(section):,} tokens (longer ones: {section.too_long})",
-        "the loss on completions alone" if section.loss == "completion" else "the loss on all tokens",
-        *(["packed"] if section.packing else []),
-    ]
+    data = [f"samples of at most {longest(section):,} tokens (longer ones: {section.too_long})"]
+    if isinstance(section, CausalLmTask):
+        data.append("the loss on completions alone" if section.loss == "completion" else "the loss on all tokens")
+        data += ["packed"] if section.packing else []
+    if isinstance(section, SequenceClassificationTask):
+        data.append(f"labels {', '.join(section.labels)} in this order" if section.labels else "labels as they are")
     text = f"{_NAME} has no keys for the model ({section.model}, {', '.join(loaded)}) and the data ({', '.join(data)})"
     return Leftover("task", None, False, text)
 

@@ -47,6 +47,8 @@ def adapter_config(point: ExportPoint) -> dict[str, Any]:
         "lora_dropout": point.spec.lora.dropout,
         "use_dora": point.spec.lora.dora,
         "bias": "none",
+        # Beside those that PEFT takes by itself for the kind of task.
+        **({"modules_to_save": list(head)} if (head := getattr(point.spec.task, "head", None)) else {}),
     }
 
 

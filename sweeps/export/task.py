@@ -12,7 +12,7 @@ from typing import Any
 
 from sweeps.export.parts import Leftover
 from sweeps.export.point import ExportPoint
-from sweeps.spec_tasks import CausalLmTask, Task
+from sweeps.spec_tasks import CausalLmTask, ModelTask, Task
 
 DEFAULT_LENGTH = 1024
 """What `max_length: null` stands for, where the model has as many positions."""
@@ -37,20 +37,21 @@ def language_model(point: ExportPoint) -> CausalLmTask | None:
     return task if isinstance(task, CausalLmTask) else None
 
 
-def longest(section: CausalLmTask) -> int:
+def longest(section: ModelTask) -> int:
     """The most tokens of a sample, or of a row of several."""
     return section.max_length or DEFAULT_LENGTH
 
 
-def attention(section: CausalLmTask) -> str | None:
+def attention(section: ModelTask) -> str | None:
     """transformers' name of the attention; None where it is left to transformers."""
     return None if section.attention == "auto" else section.attention
 
 
 def task_settings(point: ExportPoint) -> dict[str, Any]:
-    """The section in the spec's own words but for its data, for files that no trainer reads; empty for other tasks."""
-    section = language_model(point)
-    return {} if section is None else {"task": section.model_dump(mode="json", exclude={"data"})}
+    """The section in the spec's own words but for its data, for files that no trainer reads; empty where there is no
+    model of transformers."""
+    section = point.spec.task
+    return {"task": section.model_dump(mode="json", exclude={"data"})} if isinstance(section, ModelTask) else {}
 
 
 def data_leftovers(
@@ -60,7 +61,7 @@ def data_leftovers(
     overlong: Container[str] = ("truncate",),
     attentions: Container[str] = _EVERY_ATTENTION,
 ) -> list[Leftover]:
-    """What of a language model's data a trainer does another way; nothing for another task.
+    """What of a model's data a trainer does another way; nothing for a task without a model of transformers.
 
     Args:
         point: the run.
@@ -68,10 +69,11 @@ def data_leftovers(
         overlong: the words of `too_long` that it can do.
         attentions: the implementations of attention that it has names for.
     """
-    section = language_model(point)
-    if section is None:
+    section = point.spec.task
+    if not isinstance(section, ModelTask):
         return []
     found = []
+    packing = isinstance(section, CausalLmTask) and section.packing
     most = longest(section)
     if section.too_long != "refuse" and section.too_long not in overlong:
         did = "left them out" if section.too_long == "drop" else f"kept their first {most:,}"
@@ -79,18 +81,18 @@ def data_leftovers(
             f"{trainer} shortens samples of more than {most:,} tokens its own way; the sweep {did}: do so in the data"
         )
         found.append(Leftover("too_long", most, True, text))
-    if section.max_length is None and (section.packing or section.too_long != "refuse"):
+    if section.max_length is None and (packing or section.too_long != "refuse"):
         text = (
             f"max_length was null: {most:,}, or what the model has positions for if that is less, and then write that"
         )
         found.append(Leftover("max_length", most, True, text))
-    if section.packing:
+    if packing:
         text = f"which samples share a row is {trainer}'s own choice: alike in distribution only"
         found.append(Leftover("packing", None, False, text))
     if section.attention != "auto" and section.attention not in attentions:
         text = f"{trainer} has no name for attention {section.attention} and takes its own: the same up to rounding"
         found.append(Leftover("attention", None, False, text))
-    if point.spec.train.accumulation > 1:
+    if point.spec.train.accumulation > 1 and isinstance(section, CausalLmTask):
         text = (
             f"the loss of a step is the mean over all its tokens in {trainer}, and was the mean of its batches' means: "
             "batches with more tokens weigh more"

@@ -29,6 +29,9 @@ from sweeps.spec_sections import Count, Flag, Goal, Seed, in_one
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Endings of the files that samples are read from."""
 
+DEFAULT_LENGTH = 1024
+"""Tokens that `max_length: null` stands for, where the model has as many positions."""
+
 _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 
 Format = Literal["text", "completion", "messages"]

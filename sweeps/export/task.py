@@ -12,10 +12,7 @@ from typing import Any
 
 from sweeps.export.parts import Leftover
 from sweeps.export.point import ExportPoint
-from sweeps.spec_tasks import CausalLmTask, ModelTask, Task
-
-DEFAULT_LENGTH = 1024
-"""What `max_length: null` stands for, where the model has as many positions."""
+from sweeps.spec_tasks import DEFAULT_LENGTH, CausalLmTask, ModelTask, Task
 
 _PEFT_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 _EVERY_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")

@@ -10,12 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from sweeps.errors import TaskError
-from sweeps.spec_tasks import ModelTask
+from sweeps.spec_tasks import DEFAULT_LENGTH, ModelTask
 
 BUCKET = 8
 """Widths of batches are multiples of this: kernels like them, and there are few."""
-
-_DEFAULT_LENGTH = 1024
 
 
 def padded(width: int) -> int:
@@ -53,7 +51,7 @@ def most_tokens(section: ModelTask, positions: int | None) -> int:
         TaskError: the section asks for more than the model has positions for.
     """
     if section.max_length is None:
-        return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
+        return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
     if positions is not None and section.max_length > positions:
         required = f"at most {positions}, the positions that the model has"
         raise TaskError("max_length", required, str(section.max_length))

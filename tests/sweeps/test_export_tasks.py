@@ -11,8 +11,6 @@ import yaml
 from peft import LoraConfig
 
 from sweeps.export import FORMATS
-from sweeps.export.task import DEFAULT_LENGTH
-from sweeps.tasks import causal_lm
 from tests.sweeps.export_points import lm_point_of, point_of, read
 from tests.sweeps.export_schemas import check_schema
 
@@ -237,7 +235,3 @@ def test_weight_decay_under_lora_plus_is_warned_of_in_axolotl(tmp_path: Path):
     (left,) = FORMATS["axolotl"](point_of(**ratio), tmp_path).leftovers
     assert (left.name, left.warns) == ("weight_decay", True)
     assert not FORMATS["llamafactory"](point_of(**ratio), tmp_path).leftovers
-
-
-def test_the_default_length_is_the_tasks():
-    assert causal_lm._DEFAULT_LENGTH == DEFAULT_LENGTH

@@ -126,6 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = {text: kind for kind, text in labelled_lines(chosen.files) if len(text.split()) > 2}
     texts = list(kinds)
     tokenizer = make_tokenizer(texts, chosen.vocabulary)
+    tokenizer.model_max_length = chosen.length
     model = train(tokenizer, texts, width=chosen.width, length=chosen.length, steps=chosen.steps, batch=chosen.batch)
     tokenizer.save_pretrained(chosen.output / "model")
     model.save_pretrained(chosen.output / "model")

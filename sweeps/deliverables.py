@@ -27,7 +27,8 @@ from sweeps.home import Home
 from sweeps.recipe import bank_of
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
-from sweeps.tasks import load_task
+from sweeps.spec_tasks import ModelTask
+from sweeps.tasks import load_task, save_tokenizer
 
 
 def write_report(record: SweepRecord, home: Home) -> Path:
@@ -87,8 +88,9 @@ def write_merged(record: SweepRecord, trial: TrialRecord, home: Home, directory:
     """Writes the task's model with the trained adapter merged into its weights; returns the files.
 
     A model that knows how to save itself, as transformers' do, is asked to: `model.save_pretrained(directory,
-    state_dict=merged)`, with the state dict under the model's own names. Any other one becomes that state dict as
-    `model.safetensors`. A task needs nothing for this but its `model`.
+    state_dict=merged)`, with the state dict under the model's own names; and the tokenizer of a model of transformers
+    is put beside it. Any other one becomes that state dict as `model.safetensors`. A task needs nothing for this but
+    its `model`.
 
     Raises:
         InputError: the trial has left no state.
@@ -105,6 +107,8 @@ def write_merged(record: SweepRecord, trial: TrialRecord, home: Home, directory:
     save_pretrained = getattr(task.model, "save_pretrained", None)
     if save_pretrained is not None:
         save_pretrained(directory, state_dict=merged)
+        if isinstance(spec.task, ModelTask):
+            save_tokenizer(spec.task, directory)
         return tuple(sorted(path for path in directory.iterdir() if path.is_file()))
     path = directory / "model.safetensors"
     write_atomically(path, serialise({name: value.contiguous() for name, value in merged.items()}))

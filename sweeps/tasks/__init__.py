@@ -19,7 +19,7 @@ from sweeps.tasks.protocol import Task
 if TYPE_CHECKING:
     from sweeps.tasks.pretrained import Kind
 
-__all__ = ["Task", "base_bytes", "load_task", "saved_dtype"]
+__all__ = ["Task", "base_bytes", "load_task", "save_tokenizer", "saved_dtype"]
 
 
 def base_bytes(spec: SweepSpec) -> int | None:
@@ -46,6 +46,17 @@ def saved_dtype(section: Section) -> str:
     from sweeps.tasks import pretrained
 
     return pretrained.saved_dtype(section, _kind(section))
+
+
+def save_tokenizer(section: ModelTask, directory: Path) -> None:
+    """Writes a model's tokenizer beside it, without which nobody could use it.
+
+    Raises:
+        TaskError: there is none.
+    """
+    from sweeps.tasks import pretrained
+
+    pretrained.load_tokenizer(section.model, section.revision).save_pretrained(directory)
 
 
 def _kind(section: ModelTask) -> Kind:

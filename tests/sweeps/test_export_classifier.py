@@ -174,6 +174,11 @@ def test_the_trained_folder_and_the_merged_model_have_the_head(tmp_path: Path):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(spec.task.model, num_labels=3)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    texts, tokenizers = (
+        [TEXTS[3]],
+        [transformers.AutoTokenizer.from_pretrained(each) for each in (spec.task.model, tmp_path / "merged")],
+    )
+    assert tokenizers[0](texts)["input_ids"] == tokenizers[1](texts)["input_ids"]
     assert [merged.config.id2label[i] for i in range(3)] == list(NAMES)
     task = load(spec, home.path)
     ids, starts, classes = (task.data[f"held-out {name}"] for name in ("ids", "samples", "classes"))

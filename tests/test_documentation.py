@@ -108,6 +108,12 @@ def test_what_the_export_page_shows_is_what_the_exporters_write():
     assert set(module.SHOWN) == set(FORMATS)
 
 
+def test_what_the_task_page_shows_is_what_plan_says():
+    module = script("make_tasks")
+    page = module.PATH.read_text()
+    assert page == module.document(page), "docs/tasks.md is out of date: python docs/make_tasks.py"
+
+
 def test_links_between_documents_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):

@@ -43,9 +43,11 @@ _MOST_PERPLEXITY_NATS = 700.0
 class CausalLmTask:
     """Text under a frozen language model."""
 
-    def __init__(self, model: nn.Module, train: Rows, held_out: Rows) -> None:
-        """Takes a frozen model in evaluation mode, and rows for training and for evaluation."""
+    def __init__(self, model: nn.Module, train: Rows, held_out: Rows, positions: int | None = None) -> None:
+        """Takes a frozen model in evaluation mode, rows for training and for evaluation, and the most tokens that a row
+        may have, if that is limited."""
         self.model = model
+        self._positions = positions
         self._train = train
         self._held_out = held_out
         self._device = next(model.parameters()).device
@@ -59,7 +61,8 @@ class CausalLmTask:
         Raises:
             TaskError: the model or the data do not have what the section asks for.
         """
-        most = most_tokens(section, most_positions(section))
+        positions = most_positions(section)
+        most = most_tokens(section, positions)
         tokenizer = load_tokenizer(section.model, section.revision)
         train, held_out = load_samples(section.data)
         only = section.loss == "completion"
@@ -78,7 +81,7 @@ class CausalLmTask:
             rows = Rows.padded(tokens[0])
         # By length, so that a batch has little padding.
         order = tokens[1].lengths_S.argsort(stable=True).tolist()
-        return cls(model, rows, Rows.padded(tokens[1].take(order)))
+        return cls(model, rows, Rows.padded(tokens[1].take(order)), positions)
 
     @property
     def n_samples(self) -> int:
@@ -96,7 +99,7 @@ class CausalLmTask:
 
     def losses_K(self, indices: Tensor, members: int) -> Tensor:
         """Mean of each member's losses over the learned tokens of the batch [K], in nats."""
-        batch = self._train.batch(indices.tolist(), multiple=BUCKET)
+        batch = self._train.batch(indices.tolist(), multiple=BUCKET, most=self._positions)
         nats_KNW, learned = self._nats_KNW(batch, members)
         return nats_KNW.sum(dim=(1, 2)) / learned
 
@@ -105,7 +108,8 @@ class CausalLmTask:
         """Mean nats a learned token of the held-out set, and their exponential, of each member."""
         sums_K, learned = torch.zeros(members, dtype=torch.float64, device=self._device), 0
         for indices in self._chunks():
-            nats_KNW, in_chunk = self._nats_KNW(self._held_out.batch(indices, multiple=BUCKET), members)
+            batch = self._held_out.batch(indices, multiple=BUCKET, most=self._positions)
+            nats_KNW, in_chunk = self._nats_KNW(batch, members)
             sums_K += nats_KNW.double().sum(dim=(1, 2))
             learned += in_chunk
         means = (sums_K / learned).tolist()

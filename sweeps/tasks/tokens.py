@@ -139,11 +139,18 @@ class Rows:
         """Tokens of each row [R]."""
         return self.tokens.starts_S[self.rows_R].diff()
 
-    def batch(self, indices: Sequence[int], *, multiple: int) -> Batch:
-        """Some rows side by side; their width is a multiple of a number, so that there are few widths."""
+    def batch(self, indices: Sequence[int], *, multiple: int, most: int | None = None) -> Batch:
+        """Some rows side by side.
+
+        Args:
+            indices: which ones.
+            multiple: their width is one of this, so that there are few widths.
+            most: a width that is not exceeded for that, if there is one.
+        """
         spans = [self._samples_of(row) for row in indices]
         longest = max(row[-1] - row[0] for row in spans)
         width = -(-longest // multiple) * multiple
+        width = width if most is None else max(longest, min(width, most))
         ids = torch.zeros(len(spans), width, dtype=torch.int64)
         targets = torch.full((len(spans), width), -100, dtype=torch.int64)
         positions = torch.zeros(len(spans), width, dtype=torch.int64)

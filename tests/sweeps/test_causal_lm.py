@@ -325,6 +325,15 @@ def test_longer_samples_are_cut_or_left_out_as_the_spec_says(model: Path, texts:
     assert 0 < len(dropped) < len(whole)
 
 
+def test_a_batch_is_not_padded_beyond_the_positions_that_a_model_has(texts: str, load, tmp_path: Path):
+    task = load(
+        lm_document(make_gpt2(tmp_path / "gpt2", positions=30), texts, "too_long: truncate", targets="all-linear")
+    )
+    assert int(task.lengths_S.max()) == 30
+    assert task.losses_K(task.lengths_S.argsort()[-2:], 1).isfinite().all()
+    assert math.isfinite(task.evaluate(1)[0]["eval/loss"])
+
+
 def test_packed_rows_are_full_and_hold_every_sample_once():
     lengths = [5, 9, 3, 1, 10, 5, 4, 2, 1]
     tokens = Tokens.of([([i] * length, [True] * length) for i, length in enumerate(lengths)])

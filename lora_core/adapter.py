@@ -343,10 +343,13 @@ class LoraBank:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._undo.append(partial(parameter.requires_grad_, True))
+        compiled = getattr(model, "_compiled_call_impl", None) is not None
         replacements: dict[str, BankedLayer | BankedHead] = {**self.layers, **self.heads}
         for name, module in replacements.items():
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
+            if compiled:  # a model that is compiled goes around what adds to the bank's gradients as a side effect
+                vars(module)["forward"] = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
             setattr(owner, child, module)
             self._undo.append(partial(setattr, owner, child, module.base))
 

@@ -30,6 +30,7 @@ from sweeps.space import Configuration
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.task_faults import not_packable, targets_of
 from sweeps.tasks import Task, base_bytes, load_task
+from sweeps.tasks.compiled import check_compiler
 
 _TIMED_LR = 1e-6
 """Small enough for any model to stay finite; what a step costs does not depend on it."""
@@ -94,6 +95,8 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whol
                 f"machine's {place}"
             )
         task = load_task(spec, cache=cache, device=meta if too_large else device)
+        if spec.torch_compile:
+            check_compiler(device)
         targets = targets_of(document, reduction, task)
         flops = _step_flops(spec, task)
         long = size is not None and device.type == "cpu" and not too_large and flops > _MOST_FLOPS

@@ -110,6 +110,11 @@ class SweepSpec(Section):
         """Whether a batch has rows of like length; tasks whose rows are of one length have no such key."""
         return bool(getattr(self.task, "group_by_length", False))
 
+    @property
+    def torch_compile(self) -> bool:
+        """Whether the model is compiled; tasks without a model of transformers have no such key."""
+        return bool(getattr(self.task, "torch_compile", False))
+
     @model_validator(mode="before")
     @classmethod
     def _with_its_preset(cls, raw: Any) -> Any:

@@ -154,6 +154,16 @@ class ModelTask(Section):
     """Implementation of attention; auto: what transformers takes. flash_attention_2 does not go with packing."""
     gradient_checkpointing: Flag = False
     """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
+    torch_compile: Flag = False
+    """Compile the model, but for its adapters, with torch.compile: takes a worker up to some minutes at its start. Not
+    together with gradient_checkpointing."""
+
+    @model_validator(mode="after")
+    def _compiles_what_can_be(self) -> Self:
+        if self.torch_compile and self.gradient_checkpointing:
+            required = "false with gradient_checkpointing, whose layers are computed outside of compiled graphs"
+            raise refuse(required, self.torch_compile, path=("torch_compile",))
+        return self
 
 
 class CausalLmTask(ModelTask):

@@ -23,6 +23,7 @@ from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
 from sweeps.tasks import Task, load_task
+from sweeps.tasks.compiled import compile_model
 
 _MOST_LOSSES = 200
 """Training losses that a job reports of each member; longer jobs are thinned out."""
@@ -65,7 +66,10 @@ class JobRunner:
     def _task(self, spec: SweepSpec, cache: Path) -> Task:
         key = f"{spec.task.model_dump_json()} {spec.train.dtype} {spec.train.seed}"
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = (key, load_task(spec, cache=cache, device=device_here()))
+            task = load_task(spec, cache=cache, device=device_here())
+            if spec.torch_compile:
+                compile_model(task)
+            self._loaded = (key, task)
         return self._loaded[1]
 
 

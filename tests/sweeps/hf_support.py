@@ -64,12 +64,18 @@ def make_model(directory: Path, *, chat_template: str | None = None, seed: int =
     return directory
 
 
-def make_gpt2(directory: Path, *, positions: int = 256) -> Path:
+def make_gpt2(directory: Path, *, positions: int = 256, layers: int = 2) -> Path:
     """Writes a GPT-2-shaped model, whose linear layers are Conv1D, and its tokenizer."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(directory)
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=positions, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        vocab_size=len(tokenizer),
+        n_positions=positions,
+        n_embd=32,
+        n_layer=layers,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -430,7 +430,7 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"train": "{betas: [0.9, 1]}"}, 5, "train.betas[1]", "a number below 1; found 1"),
     ({"train": "{clip_norm: 0}"}, 5, "train.clip_norm", "a number above 0; found 0"),
     ({"train": "{eps: '1e-8'}"}, 5, "train.eps", "drop the quotes: 1e-8"),
-    ({"train": "{dtype: float16}"}, 5, "train.dtype", "one of float32, float64 or bfloat16; found 'float16'"),
+    ({"train": "{dtype: float16}"}, 5, "train.dtype", "one of float32, float64, bfloat16 or auto; found 'float16'"),
     ({"train": "{seed: -1}"}, 5, "train.seed", "at least 0; found -1"),
     # metric, search, certify
     (
@@ -575,9 +575,12 @@ def _validator() -> Any:
 
 
 _TASKS = (
-    "{type: causal_lm, model: x, data: {train: x, eval: 0.2}}",
-    "{type: sequence_classification, model: x, data: {train: x}, labels: [a, 1, true], head: [score]}",
-    "{type: python, entrypoint: 'a.b:c', path: src}",
+    ("{type: causal_lm, model: x, data: {train: x, eval: 0.2}}", {}),
+    (
+        "{type: sequence_classification, model: x, data: {train: x}, labels: [a, 1, true], head: [score]}",
+        {"parameters": _parameters("head_lr: {min: 1e-4, max: 1e-2}")},
+    ),
+    ("{type: python, entrypoint: 'a.b:c', path: src}", {"parameters": _parameters("head_lr: 0.1")}),
 )
 
 
@@ -597,7 +600,7 @@ def test_paths_start_from_the_specs_directory_and_ids_stay_ids(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "text",
-    [template(), EXAMPLE.read_text(), _text(), *(_text(task=task) for task in _TASKS)],
+    [template(), EXAMPLE.read_text(), _text(), *(_text(task=task, **more) for task, more in _TASKS)],
     ids=["template", "example", "shortest", "causal_lm", "sequence_classification", "python"],
 )
 def test_schema_and_parser_accept_the_same_specs(text: str) -> None:

@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 from lora_core.adapter import LoraBank, Member
+from lora_core.allocator import keep_freed_memory
 from lora_core.gauge import FactorSettings, Point
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
 from lora_core.train import Schedule, batch_indices, train_pack
@@ -275,6 +276,7 @@ def main(arguments: list[str] | None = None) -> list[Measured]:
         parser.error("--clock process counts one CPU thread; found more, or a GPU")
     dtype = given.dtype or ("float32" if given.device == "cpu" else "bfloat16")
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as workers do; the solo side gains a little too
     print(
         f"{given.shape}, {given.device}, {dtype}, {given.threads} CPU threads, rank {given.rank}, AdamW, clipped; "
         f"medians of {given.rounds} interleaved rounds of {given.steps} steps, {given.clock} time; tokens/s "

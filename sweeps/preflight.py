@@ -43,6 +43,10 @@ _TIMED_S = 20
 _MOST_FLOPS = 3e12
 """Of what is tried out on the CPU: about a minute on one core."""
 
+_RESERVE = 0.1
+_RESERVE_ON_CPU = 0.25
+"""The share of a worker's memory that a pack leaves alone."""
+
 _MOST_LOADED = 0.5
 """The share of a worker's memory that a base model may take to be loaded for trying out."""
 
@@ -177,7 +181,9 @@ def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | N
     if fit.memory_bytes is None or member is None:
         return None
     base = memory.base_bytes(fit.task.model)
-    return max(1, memory.pack_limit(fit.memory_bytes, base_bytes=base, member=member))
+    # On a CPU workers keep what they free (`keep_freed_memory`), and with it the gaps between.
+    reserve = _RESERVE if next(fit.task.model.parameters()).device.type == "cuda" else _RESERVE_ON_CPU
+    return max(1, memory.pack_limit(fit.memory_bytes, base_bytes=base, member=member, reserve=reserve))
 
 
 def member_bytes(spec: SweepSpec, reduction: Reduction, fit: Preflight) -> memory.MemberBytes | None:

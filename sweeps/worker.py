@@ -6,6 +6,7 @@ from typing import Any
 
 from ray import tune
 
+from lora_core.allocator import keep_freed_memory
 from sweeps.jobs import JobOrder
 from sweeps.training import JobRunner
 
@@ -15,6 +16,7 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         """Prepares the actor for its first job."""
+        keep_freed_memory()  # the process is Ray's, and trains packs only
         self._runner = JobRunner()
         self._order = config["order"]
 

@@ -1,7 +1,7 @@
 """Memory that training frees at every step and needs again at the next.
 
-glibc gives large blocks back to the kernel as soon as they are freed, and each step of a large pack gets them anew, page
-by page, zeroed: up to a fifth of its time on a CPU. A worker that does nothing else may keep them.
+glibc gives large blocks back to the kernel as soon as they are freed, and each step of a large pack gets them anew,
+page by page, zeroed: up to a fifth of its time on a CPU. A worker that does nothing else may keep them.
 """
 
 from __future__ import annotations

@@ -79,6 +79,18 @@ def refuse(required: str, found: object, hint: str | None = None, path: Path = (
     return refusal([Mistake(path, required, shown(found), hint)])
 
 
+_MEANT = {
+    "r": "the rank is parameters.rank",
+    "lora_r": "the rank is parameters.rank",
+    "lora_alpha": "alpha is parameters.alpha",
+    "learning_rate": "the learning rate is parameters.lr",
+    "modules_to_save": "a task's head is trained with parameters.head_lr",
+    "rank_pattern": "a pack keeps the adapters of a trial in one tensor, so all its layers have one rank",
+    "alpha_pattern": "alpha is eliminated by one law for all layers, so all layers have one alpha",
+}
+"""Keys of PEFT's and of trainers that people write from habit, and what is here in their place."""
+
+
 def mistakes_of(error: ValidationError, section: type[BaseModel] | None = None) -> list[Mistake]:
     """Returns pydantic's errors as mistakes, one for each thing that the user got wrong.
 
@@ -115,7 +127,8 @@ def _translated(error: ErrorDetails, fields: Mapping[str, Any]) -> Mistake:
         )
     if kind == "extra_forbidden":
         key = str(path[-1])
-        return Mistake(path, one_of(fields), f"the unknown key {shown(key)}", did_you_mean(key, fields))
+        hint = did_you_mean(key, fields) or _MEANT.get(key)
+        return Mistake(path, one_of(fields), f"the unknown key {shown(key)}", hint)
     if kind == "literal_error":
         names = re.findall(r"'([^']*)'", context["expected"])
         return Mistake(path, one_of(names), shown(value), did_you_mean(value, names))

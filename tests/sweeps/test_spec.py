@@ -432,6 +432,16 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"train": "{eps: '1e-8'}"}, 5, "train.eps", "drop the quotes: 1e-8"),
     ({"train": "{dtype: float16}"}, 5, "train.dtype", "one of float32, float64, bfloat16 or auto; found 'float16'"),
     ({"train": "{seed: -1}"}, 5, "train.seed", "at least 0; found -1"),
+    # PEFT's words
+    (
+        {"lora": "{target_modules: [a], rank_pattern: {a: 2}}"},
+        3,
+        "lora.rank_pattern",
+        "so all its layers have one rank",
+    ),
+    ({"lora": "{target_modules: [a], alpha_pattern: {a: 2}}"}, 3, "lora.alpha_pattern", "all layers have one alpha"),
+    ({"lora": "{target_modules: [a], lora_alpha: 2}"}, 3, "lora.lora_alpha", "alpha is parameters.alpha"),
+    ({"lora": "{target_modules: [a], r: 2}"}, 3, "lora.r", "the rank is parameters.rank"),
     # metric, search, certify
     (
         {"metric": "{name: eval/los}"},

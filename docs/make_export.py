@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "target modules as a regular expression": {"targets": "'.*_proj'"},
     "DoRA with `magnitude_lr`": {"lora": ", dora: true", "train": ", magnitude_lr: 1e-3"},
     "`lr_ratio` (LoRA+)": {"ratio": 4.0},
+    "a classifier's head with `head_lr`": {"classifier": True},
     "clip norm, warm-up, accumulation": {"train": ", clip_norm: 1, warmup_steps: 10, accumulation: 4"},
     "`adamw`, `adam` without decay": {},
     "`adam` with L2 decay": {"optimizer": "adam", "decay": 0.1},
@@ -49,6 +50,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "`bfloat16`": {"train": ", dtype: bfloat16"},
     "`float64`": {"train": ", dtype: float64"},
 }
+
+
+_LANGUAGE_MODEL = (
+    "{type: causal_lm, model: Qwen/Qwen2.5-0.5B, max_length: 512, loss: completion, "
+    "data: {train: train.jsonl, format: completion}}"
+)
+_CLASSIFIER = "{type: sequence_classification, model: FacebookAI/roberta-base, data: {train: train.csv}}"
 
 
 def point_of(
@@ -61,15 +69,18 @@ def point_of(
     ratio: float = 1.0,
     decay: float = 0.0,
     init_scale: float = 1.5,
+    classifier: bool = False,
 ) -> ExportPoint:
     """One trial at rank 8, alpha 16, lr 2e-3 and init scale 1.5, and variations of it."""
+    task = _CLASSIFIER if classifier else _LANGUAGE_MODEL
+    head_lr = 1e-3 if classifier else 0.0
     text = f"""\
 name: sft
-task:
-  {{type: causal_lm, model: Qwen/Qwen2.5-0.5B, max_length: 512, loss: completion,
-  data: {{train: train.jsonl, format: completion}}}}
+task: {task}
 lora: {{target_modules: {targets}{lora}}}
-parameters: {{rank: 8, lr: 2e-3, init_scale: {init_scale}, alpha: 16, lr_ratio: {ratio}, weight_decay: {decay}}}
+parameters:
+  {{rank: 8, lr: 2e-3, init_scale: {init_scale}, alpha: 16, lr_ratio: {ratio}, weight_decay: {decay},
+  head_lr: {head_lr}}}
 train: {{optimizer: {optimizer}, steps: 500, batch_size: 16{train}}}
 """
     spec = parse_spec(text, "sft.yaml").spec
@@ -84,7 +95,7 @@ train: {{optimizer: {optimizer}, steps: 500, batch_size: 16{train}}}
         lanes=1,
         pack=1,
     )
-    configuration = Configuration(8, 16.0, 2e-3, init_scale, ratio, decay)
+    configuration = Configuration(8, 16.0, 2e-3, init_scale, ratio, decay, head_lr)
     trial = TrialRecord(41, {}, configuration, Reduction.of(spec).class_id(configuration), None, 0.0, state="finished")
     return ExportPoint.of(SweepRecord("sft-5d1c02", created, 0.0, trials={41: trial}), trial, alpha)
 

@@ -44,7 +44,7 @@ from lora_core.heads import BankedHead, find_heads
 from lora_core.init import Init, Member, initial_a, initial_b
 from lora_core.layer import BankedLayer, BankedLinear
 from lora_core.packable import NotPackableError, RankError, check_members, check_own_weights, check_packable
-from lora_core.targets import NoTargetError, find_targets, heads_of
+from lora_core.targets import NoTargetError, find_targets
 
 __all__ = [
     "BankedEmbedding",
@@ -185,7 +185,6 @@ class LoraBank:
                 layers on different devices, a row of zeros under DoRA, tied weights, settings for a head that the
                 model does not have, or an embedding that cannot be adapted faithfully (packable.py).
         """
-        heads = heads_of(model) if heads is None else heads
         bases = find_targets(model, target_modules, heads=heads)
         check_members(members, bases)
         whole = find_heads(model, heads) if members[0].point.head is not None else {}

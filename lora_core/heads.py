@@ -11,7 +11,6 @@ modules `modules_to_save`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,32 +19,43 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.banked import BankedModule
+from lora_core.targets import heads_of
 
 
-def find_heads(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Returns the modules of these names by full name, in the model's order.
+def find_heads(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Returns the modules that are trained whole by full name, in the model's order.
 
     Args:
         model: where to look.
-        names: full names, or their ends after a dot; of two modules, one inside the other, the outer one is meant.
+        names: full names, or their ends after a dot, each of which is there; of two modules, one inside the other, the
+            outer one is meant. None: those that PEFT takes for the model (`heads_of`), whichever are there.
 
     Raises:
         ValueError: a name that matches none, one without parameters, or one whose parameters are those of another
             module too.
     """
+    if isinstance(names, str):
+        raise ValueError(f"names of heads must be a list; found the text {names!r}: write [{names}]")
+    wanted = heads_of(model) if names is None else names
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and any(re.fullmatch(rf"(.*\.)?{re.escape(each)}", name) for each in names):
+        if not inside and any(_is_called(name, each) for each in wanted):
             found[name] = module
-    if not found:
+    missing = [each for each in names or () if not any(_is_called(name, each) for name, _ in model.named_modules())]
+    if missing or not found:
+        called = " or ".join(missing or wanted) or "by some name"
         raise ValueError(
-            f"settings for a head need a module that is trained whole, called {' or '.join(names) or 'by some name'}; "
-            f"found none in this {type(model).__name__}: name it in `heads`, or leave the settings out"
+            f"settings for a head need a module that is trained whole, called {called}; found none in this "
+            f"{type(model).__name__}: name it in `heads`, or leave the settings out"
         )
     for name, module in found.items():
         _check_own_parameters(model, name, module)
     return found
+
+
+def _is_called(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def _check_own_parameters(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -116,8 +126,10 @@ class BankedHead(BankedModule):
         Raises:
             ValueError: the leading dimension is not a multiple of K.
         """
-        members, dtype = self._members_of(x), self._computes_in(x)
-        x_KN = x.to(dtype).reshape(members, -1, *x.shape[1:])
+        members = self._members_of(x)
+        # Ids that an embedding looks up stay as they are.
+        dtype = self._computes_in(x if x.is_floating_point() else next(self.base.parameters()))
+        x_KN = (x.to(dtype) if x.is_floating_point() else x).reshape(members, -1, *x.shape[1:])
         copies = {
             name: _Gathered.apply(value, grad).to(dtype)  # type: ignore[no-untyped-call]
             for name, value, grad in zip(self._names, self.copies, self._grads, strict=True)

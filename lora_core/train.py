@@ -202,9 +202,11 @@ def _accumulate(bank: LoraBank, losses_K: Callable[[int], Tensor], batches: rang
 def _step(optimizer: PackOptimizer, losses: Tensor, step: int, schedule: Schedule) -> StepRecord:
     """Clips, freezes who has diverged, and steps, with the gradients in the bank and the losses [K] in float64."""
     norms = optimizer.clip()
+    # What is outside of the clip counts too: magnitudes and heads.
+    outside = torch.linalg.vector_norm(optimizer.bank.grads_KP[:, optimizer.bank.magnitudes :], dim=1)
     before = optimizer.frozen
     # The one time a step that the host waits for the device.
-    losses_host, norms_host = torch.stack([losses, norms.double()]).tolist()
+    losses_host, norms_host = torch.stack([losses, (norms + outside).double()]).tolist()
     for k, (loss, norm) in enumerate(zip(losses_host, norms_host, strict=True)):
         if k not in before and not (math.isfinite(loss) and math.isfinite(norm)):
             optimizer.freeze(k)

@@ -181,7 +181,7 @@ class CertificateFile(_Part):
             holds=all(certificate.holds for certificate in certificates),
             certificates=certificates,
         )
-        return file.model_copy(update={"sha256": file._digest()})
+        return file.model_copy(update={"sha256": _digest(file._document())})
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -202,7 +202,8 @@ class CertificateFile(_Part):
             file = cls.model_validate_json(raw)
         except ValidationError as error:
             raise InputError(f"{required}; found {_first_fault(error)}") from None
-        if file.sha256 != file._digest():
+        # Of what was written, for an earlier release knew fewer keys.
+        if file.sha256 != _digest(json.loads(raw)):
             raise InputError(f"{required}, as it was written; found one that was altered since (its SHA-256 differs)")
         return file
 
@@ -221,9 +222,6 @@ class CertificateFile(_Part):
     def _document(self) -> dict[str, Any]:
         document: dict[str, Any] = _in_json(self.model_dump(mode="json"))
         return document
-
-    def _digest(self) -> str:
-        return _sha256_of_json({name: value for name, value in self._document().items() if name != "sha256"})
 
 
 def check_place(path: Path) -> None:
@@ -371,6 +369,10 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_json(each) for each in value]
     return _WORDS[repr(value)] if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return _sha256_of_json({name: value for name, value in document.items() if name != "sha256"})
 
 
 def _sha256_of_json(value: Any) -> str:

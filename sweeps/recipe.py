@@ -8,7 +8,6 @@ import torch
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.optimizers import OptimizerConfig, PackOptimizer
-from lora_core.targets import heads_of
 from lora_core.train import Schedule, StepRecord, batch_indices, train_pack
 from sweeps.spec import SweepSpec
 from sweeps.tasks import Task
@@ -20,10 +19,10 @@ def bank_of(spec: SweepSpec, task: Task, members: Sequence[Member]) -> LoraBank:
     return LoraBank.attach(task.model, spec.lora.target_modules, members, init=spec.lora.init, heads=heads)
 
 
-def heads_of_task(task: Task) -> tuple[str, ...]:
-    """Names of the modules that a task would have trained whole: what it says, else what PEFT takes for its model."""
-    said: Sequence[str] | None = getattr(task, "heads", None)
-    return heads_of(task.model) if said is None else tuple(said)
+def heads_of_task(task: Task) -> Sequence[str] | None:
+    """Names of the modules that a task would have trained whole; None where it leaves that to PEFT's rule."""
+    heads: Sequence[str] | None = getattr(task, "heads", None)
+    return heads
 
 
 def steps_of(spec: SweepSpec, task: Task, optimizer: PackOptimizer, *, start: int, stop: int) -> Iterator[StepRecord]:

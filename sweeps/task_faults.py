@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import torch
+
 from lora_core.adapter import Member
 from lora_core.base import BaseLayer
+from lora_core.gauge import Point
 from lora_core.heads import find_heads
 from lora_core.packable import NotPackableError, check_members, check_own_weights, check_packable
 from lora_core.targets import NoTargetError, find_targets
 from sweeps.errors import Fault, SpecError
-from sweeps.recipe import heads_of_task
+from sweeps.recipe import bank_of, heads_of_task
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.spec_parameters import Choice
+from sweeps.spec_tasks import ModelTask
 from sweeps.tasks import Task
 
 
@@ -34,6 +38,8 @@ def targets_of(document: SpecDocument, reduction: Reduction, task: Task) -> dict
     faults = [*_sizes(document, reduction, task, targets), *_adapters(document, reduction, task, targets)]
     if faults:
         raise SpecError(document.source, tuple(faults))
+    if reduction.space.trains_head and not next(task.model.parameters()).is_meta:
+        _try_head(document, reduction, task, members=1 if not_packable(task, targets) else 2)
     return targets
 
 
@@ -49,6 +55,27 @@ def _check_head(document: SpecDocument, reduction: Reduction, task: Task) -> Non
         except ValueError as error:
             hint = "or leave head_lr out"
             raise document.error("parameters.head_lr", "a task with a head", str(error), hint) from None
+
+
+def _try_head(document: SpecDocument, reduction: Reduction, task: Task, *, members: int) -> None:
+    """Runs two samples with a head for each member: what a module does with its rows is not to be seen in it."""
+    spec, samples = document.spec, torch.arange(min(2, task.n_samples))
+    point = reduction.point(Configuration(1, reduction.reference.at(1), lr=1e-6, head_lr=1e-6))
+
+    def run(point: Point) -> None:
+        with bank_of(spec, task, [Member(point, 0)] * members):
+            task.losses_K(samples, members).sum().backward()  # type: ignore[no-untyped-call]
+
+    run(replace(point, head=None))  # whatever is wrong without a head is no fault of the head
+    try:
+        run(point)
+    # A module of any kind may be named, and each has its own way not to be one function of a member's rows.
+    except Exception as error:
+        path = "task.head" if isinstance(spec.task, ModelTask) else "parameters.head_lr"
+        heads = ", ".join(find_heads(task.model, heads_of_task(task)))
+        required = "modules that make one tensor of one tensor, row by row, to be trained whole"
+        found = f"{heads}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        raise document.error(path, required, found, "name others, or leave it out") from None
 
 
 def _sizes(

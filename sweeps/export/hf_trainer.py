@@ -84,6 +84,8 @@ def _groups(point: ExportPoint, head: FactorSettings) -> dict[str, Any]:
     """torch.optim's own words for A, B and the head, each with a pattern for PEFT's names of its parameters."""
     decays = point.law.decay is not None
     settings = {"lora_(embedding_)?A": point.point.a, "lora_(embedding_)?B": point.point.b, "modules_to_save": head}
+    if point.point.magnitude is not None:
+        settings["lora_magnitude_vector"] = point.point.magnitude
     return {
         "optimizer_class": f"torch.optim.{point.law.kind}",
         "arguments": {**point.spec.train.settings, **point.law.fixed},

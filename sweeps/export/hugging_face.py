@@ -34,9 +34,10 @@ def training_arguments(point: ExportPoint, trainer: str, *, loraplus: bool, head
         InputError: the trainer cannot do the run.
     """
     train, settings = point.spec.train, point.point.a
-    _check_factors(point, trainer, loraplus=loraplus)
-    _check_dora(point, trainer)
     _check_head(point, trainer, heads=heads)
+    if point.point.head is None:  # else each has a group of its own
+        _check_factors(point, trainer, loraplus=loraplus)
+        _check_dora(point, trainer)
     return {
         "learning_rate": settings.lr,
         "weight_decay": settings.weight_decay,

@@ -116,14 +116,16 @@ def leftovers_of(point: ExportPoint, trainer: str) -> list[Leftover]:
             Leftover("dropout", None, False, "dropout masks are drawn by the trainer: alike in distribution only")
         )
     if point.point.clip_norm is not None:
-        found.append(
-            Leftover(
-                "clip_norm",
-                point.point.clip_norm,
-                False,
-                "torch's clip_grad_norm_ divides by the norm + 1e-6; the trial was clipped exactly",
-            )
-        )
+        text = "torch's clip_grad_norm_ divides by the norm + 1e-6; the trial was clipped exactly"
+        alone = point.point.head is not None or point.point.magnitude is not None
+        text += ", and over lora_A and lora_B alone: leave the rest out of it" if alone else ""
+        found.append(Leftover("clip_norm", point.point.clip_norm, alone, text))
+    if point.point.head is not None:
+        text = "a head that the checkpoint does not have is drawn by the trainer: alike in distribution only"
+        found.append(Leftover("head", None, False, text))
+        if not hasattr(point.spec.task, "head"):
+            text = "which modules are the head only the task knows: name them, in PEFT as modules_to_save"
+            found.append(Leftover("modules_to_save", None, True, text))
     if point.spec.group_by_length:
         text = (
             "a batch has samples of like length: train_sampling_strategy: group_by_length in transformers 5, "

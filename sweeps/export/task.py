@@ -7,7 +7,9 @@ are left to the user, who has them in his trainer's own form.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
 from sweeps.export.parts import Leftover
@@ -48,7 +50,9 @@ def task_settings(point: ExportPoint) -> dict[str, Any]:
     """The section in the spec's own words but for its data, for files that no trainer reads; empty where there is no
     model of transformers."""
     section = point.spec.task
-    return {"task": section.model_dump(mode="json", exclude={"data"})} if isinstance(section, ModelTask) else {}
+    if not isinstance(section, ModelTask):
+        return {}
+    return {"task": section.model_dump(mode="json", exclude={"data", "torch_compile", "group_by_length"})}
 
 
 def data_leftovers(
@@ -89,6 +93,14 @@ def data_leftovers(
     if section.attention != "auto" and section.attention not in attentions:
         text = f"{trainer} has no name for attention {section.attention} and takes its own: the same up to rounding"
         found.append(Leftover("attention", None, False, text))
+    found += _base_dropout(section, trainer)
+    if point.spec.train.accumulation > 1 and not isinstance(section, CausalLmTask):
+        text = (
+            "transformers 5's Trainer adds the losses of accumulated batches up, where it takes them for parts of one "
+            "mean, as it does for many classifiers; the sweep averaged them: accumulate nothing, or compare the "
+            "gradient's norm first"
+        )
+        found.append(Leftover("accumulation", None, True, text))
     if point.spec.train.accumulation > 1 and isinstance(section, CausalLmTask):
         text = (
             f"the loss of a step is the mean over all its tokens in {trainer}, and was the mean of its batches' means: "
@@ -96,3 +108,22 @@ def data_leftovers(
         )
         found.append(Leftover("accumulation", None, True, text))
     return found
+
+
+def _base_dropout(section: ModelTask, trainer: str) -> list[Leftover]:
+    """A trainer puts the model into training mode, and with it the base model's own dropout."""
+    rest = f"{trainer} has it on: set it to 0 in the model's config"
+    try:
+        config = json.loads((Path(section.model) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        text = f"the base model's own dropout, if its config has any, was off in the sweep, and {rest}"
+        return [Leftover("base_dropout", None, False, text)]
+    names = [name for name, value in config.items() if _drops(name, value)]
+    if not names:
+        return []
+    text = f"the base model's own dropout ({', '.join(names)}) was off in the sweep, and {rest}"
+    return [Leftover("base_dropout", 0.0, True, text)]
+
+
+def _drops(name: str, value: object) -> bool:
+    return "drop" in name and isinstance(value, float) and value > 0

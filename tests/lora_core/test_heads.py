@@ -207,6 +207,44 @@ def test_a_model_must_not_be_moved_while_heads_are_attached():
         model.head.float()
 
 
+def test_an_embedding_can_be_a_head_and_looks_up_each_members_own():
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(7, 12, dtype=torch.float64)
+            self.net = model_of()
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.net(self.words(ids))
+
+    torch.manual_seed(0)
+    model, ids = Words(), torch.tensor([0, 3, 3, 6])
+    expected = model(ids)
+    bank = LoraBank.attach(model, TARGETS, [member(), member(2)], heads=["words"])
+    found = model(ids.repeat(2))
+    torch.testing.assert_close(found, expected.repeat(2, 1))
+    found.square().sum().backward()
+    grads = [bank.member_tensors(k)["words.weight"].grad for k in range(2)]
+    assert all(grad[[0, 3, 6]].any(dim=1).all() and not grad[[1, 2, 4, 5]].any() for grad in grads)
+
+
+def test_a_head_that_explodes_is_frozen_before_it_takes_the_step():
+    pack = pack_of([member(4, 1), member(4, 2)])
+    head = pack.bank.member_tensors(0)["head.out_proj.weight"]
+    before = head.detach().clone()
+    losses_K = pack.losses_K
+
+    def overflowing(step: int) -> torch.Tensor:
+        losses = losses_K(step)
+        pack.bank.grads_KP[0, pack.bank.head_start] = torch.inf
+        return losses
+
+    pack.losses_K = overflowing
+    (record,) = pack.train(0, 1)
+    assert record.diverged == {0}
+    assert torch.equal(head, before)
+
+
 def test_heads_are_found_by_the_ends_of_their_names_and_the_outer_one_counts():
     model = nn.ModuleDict({"net": nn.ModuleDict({"head": nn.ModuleDict({"head": nn.Linear(2, 2)})})})
     assert list(find_heads(model, ["head"])) == ["net.head"]
@@ -216,6 +254,10 @@ def test_heads_are_found_by_the_ends_of_their_names_and_the_outer_one_counts():
 def test_what_cannot_be_a_head_is_refused():
     with pytest.raises(ValueError, match=r"a module that is trained whole, called score or rank; found none in this"):
         LoraBank.attach(model_of(), TARGETS, [member()], heads=["score", "rank"])
+    with pytest.raises(ValueError, match=r"called haed; found none in this"):
+        LoraBank.attach(model_of(), TARGETS, [member()], heads=["head", "haed"])
+    with pytest.raises(ValueError, match=r"must be a list; found the text 'head': write \[head\]"):
+        LoraBank.attach(model_of(), TARGETS, [member()], heads="head")
     with pytest.raises(ValueError, match=r"by some name; found none"):
         LoraBank.attach(model_of(), TARGETS, [member()])
     with pytest.raises(ValueError, match=r"train a head all or none; found both"):

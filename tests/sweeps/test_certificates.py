@@ -147,6 +147,20 @@ def test_numbers_that_json_has_not_are_words(diverging: CertificateFile, tmp_pat
     }
 
 
+def test_a_certificate_from_before_a_key_was_there_is_no_altered_one(file: CertificateFile, tmp_path: Path):
+    file.write(tmp_path / "new.json")
+    document = json.loads((tmp_path / "new.json").read_text())
+    configurations = 0
+    for certificate in document["certificates"]:
+        for run in (certificate["representative"], *(twin["configuration"] for twin in certificate["twins"])):
+            assert run.pop("head_lr") == 0.0
+            configurations += 1
+    assert configurations > 1
+    (tmp_path / "old.json").write_text(sealed(document))
+    old = CertificateFile.read(tmp_path / "old.json")
+    assert old.certificates == file.certificates
+
+
 def test_the_sha256_is_that_of_all_the_rest(file: CertificateFile, diverging: CertificateFile, tmp_path: Path):
     for each in (file, diverging):
         document = json.loads(written(each, tmp_path).read_text())

@@ -131,7 +131,7 @@ def test_the_exported_files_in_unmodified_peft_and_trainer_are_our_trial(kind: s
     task, point = load(spec, tmp_path), ExportPoint.of(*record_of_one(spec, POINT))
     assert point.point.init_scale == 1.0
     exported = FORMATS["hf_trainer"](point, tmp_path / "out")
-    assert {each.name for each in exported.leftovers if each.warns} == {"head_lr"}
+    assert {each.name for each in exported.leftovers if each.warns} == {"head_lr", "base_dropout"}
     with bank_of(spec, task, [Member(point.point, spec.train.seed)]) as bank:
         initial = bank.adapter(0)
     theirs = trainers(spec, task, tmp_path / "out", initial)

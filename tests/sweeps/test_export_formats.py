@@ -270,7 +270,8 @@ def test_a_heads_settings_are_written_beside_the_adapters_whatever_the_gauge(tmp
 def test_the_trainers_groups_have_each_parameter_once_with_its_own_settings(tmp_path: Path):
     point = point_of(**HEAD | {"parameters": ", head_lr: 0.1, lr_ratio: 4"}, lr_ratio=4.0)
     exported = FORMATS["hf_trainer"](point, tmp_path)
-    assert [each.name for each in exported.leftovers if each.warns] == ["head_lr"]
+    # Of a task of one's own the spec does not say which modules are its head.
+    assert [each.name for each in exported.leftovers if each.warns] == ["modules_to_save", "head_lr"]
     values = yaml.safe_load((tmp_path / "parameter_groups.yaml").read_text())
     net = torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 4), "words": torch.nn.Embedding(5, 4)})
     net["classifier"] = torch.nn.Linear(4, 2)
@@ -285,6 +286,15 @@ def test_the_trainers_groups_have_each_parameter_once_with_its_own_settings(tmp_
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(named)
     assert [group["lr"] for group in optimizer.param_groups] == [point.point.a.lr, 4 * point.point.a.lr, 0.1]
     assert [group["eps"] for group in optimizer.param_groups] == [point.point.a.eps] * 2 + [1e-8]
+
+
+def test_magnitudes_beside_a_head_have_a_group_of_their_own(tmp_path: Path):
+    point = point_of(**HEAD | {"lora": ", dora: true", "train": ", magnitude_lr: 0.03"})
+    exported = FORMATS["hf_trainer"](point, tmp_path)
+    groups = yaml.safe_load((tmp_path / "parameter_groups.yaml").read_text())["groups"]
+    assert groups["lora_magnitude_vector"] == {"lr": 0.03, "weight_decay": 0.0, "eps": 1e-8}
+    assert groups["lora_(embedding_)?A"]["lr"] == point.point.a.lr
+    assert {"head_lr", "modules_to_save"} == {left.name for left in exported.leftovers if left.warns}
 
 
 def test_peft_is_told_what_magnitudes_are_trained_with(tmp_path: Path):

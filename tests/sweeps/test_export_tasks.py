@@ -216,10 +216,42 @@ LEFT: list[tuple[str, str, str, set[str]]] = [
 @pytest.mark.parametrize(("form", "task", "data", "names"), LEFT)
 def test_what_a_trainer_does_another_way_is_named(form: str, task: str, data: str, names: set[str], tmp_path: Path):
     exported = FORMATS[form](lm_point_of(task, data), tmp_path)
-    assert {left.name for left in exported.leftovers} == names
+    assert {left.name for left in exported.leftovers} == names | {"base_dropout"}
     written_text = " ".join((tmp_path / FILES[form]).read_text().replace("\n# ", " ").split())
     for left in exported.leftovers:
         assert f"{'WARNING' if left.warns else 'Note'}: {left.text}." in written_text
+
+
+@pytest.mark.parametrize(
+    ("config", "warns", "words"),
+    [
+        (
+            {"attn_pdrop": 0.1, "resid_pdrop": 0.0, "hidden_dropout_prob": 0.2},
+            True,
+            "(attn_pdrop, hidden_dropout_prob) was",
+        ),
+        ({"attention_dropout": 0.0, "num_layers": 2}, None, ""),
+        (None, False, "if its config has any"),
+    ],
+)
+def test_dropout_of_the_base_model_is_named_where_it_can_be_read(
+    config: dict[str, Any] | None, warns: bool | None, words: str, tmp_path: Path
+):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    task = f"{{type: causal_lm, model: '{tmp_path}', data: {{train: org/data}}}}"
+    exported = FORMATS["hf_trainer"](point_of(task=task, targets="[q_proj]"), tmp_path / "out")
+    found = [left for left in exported.leftovers if left.name == "base_dropout"]
+    assert [left.warns for left in found] == ([] if warns is None else [warns])
+    assert all(words in left.text for left in found)
+
+
+def test_a_classifiers_accumulated_losses_may_be_added_up(tmp_path: Path):
+    task = "{type: sequence_classification, model: org/model, data: {train: org/data}}"
+    head = {"task": task, "parameters": ", head_lr: 0.1", "head_lr": 0.1}
+    for accumulation, warned in ((1, []), (2, [True])):
+        exported = FORMATS["hf_trainer"](point_of(**head, train=f", accumulation: {accumulation}"), tmp_path)
+        assert [left.warns for left in exported.leftovers if left.name == "accumulation"] == warned
 
 
 @pytest.mark.parametrize("form", ["trl", "axolotl", "llamafactory", "unsloth", "hf_trainer"])

@@ -468,6 +468,36 @@ def test_packed_members_learn_as_they_do_alone_each_with_a_head_of_its_own(
         assert all(not torch.equal(adapters[k][name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("kind", "head", "words"),
+    [
+        ("roberta", "[layer.1, classifier]", "encoder.layer.1, classifier: .*unexpected keyword argument"),
+        ("gpt2", "[wpe, score]", "wpe, score: .*a batch of 2 times the same rows; found 1"),
+        ("deberta", "[rel_embeddings, pooler, classifier]", "no attribute 'weight'"),
+    ],
+)
+def test_modules_that_are_no_function_of_a_members_rows_are_refused_as_heads(
+    models: dict[str, Path], singles: str, tmp_path: Path, kind: str, head: str, words: str
+):
+    document = classify_document(models[kind], singles, f"head: {head}", targets=TARGETS.get(kind, "all-linear"))
+    if kind == "roberta":
+        document = classify_document(models[kind], singles, f"head: {head}", targets="['0.attention.self.query']")
+    with pytest.raises(SpecError, match=rf"task\.head: required modules that make one tensor of one tensor.*{words}"):
+        fit(document, tmp_path)
+
+
+def test_embeddings_may_be_trained_whole_beside_the_head(models: dict[str, Path], singles: str, load):
+    document = classify_document(models["gpt2"], singles, "head: [wte, score]", targets="[c_attn]")
+    task = load(document)
+    before = task.losses_K(torch.arange(4), 1).item()
+    with bank_of(document.spec, task, members_of(document, POINTS[:2])) as bank:
+        assert set(bank.heads) == {"transformer.wte", "score"}
+        losses = task.losses_K(torch.arange(4), 2)
+        losses.sum().backward()
+        assert losses.tolist() == pytest.approx([before] * 2, rel=1e-5)
+        assert bank.member_tensors(1)["transformer.wte.weight"].grad.any()
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask as Section
 from sweeps.tasks.pretrained import (
+    CAUSAL_LM,
     check_vocabulary,
     load_causal_lm,
+    load_config,
     load_tokenizer,
     most_positions,
     small_causal_lm,
@@ -61,7 +63,7 @@ class CausalLmTask:
         Raises:
             TaskError: the model or the data do not have what the section asks for.
         """
-        positions = most_positions(section)
+        positions = most_positions(load_config(section, CAUSAL_LM), CAUSAL_LM)
         most = most_tokens(section, positions)
         tokenizer = load_tokenizer(section.model, section.revision)
         train, held_out = load_samples(section.data)

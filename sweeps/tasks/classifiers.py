@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_core.targets import heads_of
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
-from sweeps.tasks.pretrained import CLASSIFIER, frozen, is_layer, load_model, outline, silence, without_weights
+from sweeps.tasks.pretrained import CLASSIFIER, frozen, is_layer, load_model, outline, silence
 
 
 def own_classes(config: Any) -> tuple[str, ...] | None:
@@ -49,18 +49,6 @@ def set_up(config: Any, names: Collection[str], tokenizer: Any) -> int:
         raise TaskError("model", "a tokenizer with a padding token, or an end-of-sequence token in its place", found)
     text.pad_token_id = padding
     return padding
-
-
-def most_positions(config: Any) -> int | None:
-    """The longest sample that a model has positions for; None where it does not say."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    for name, module in without_weights(config, CLASSIFIER).named_modules():
-        # RoBERTa and its kin count positions from behind the padding token.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - int(module.padding_idx) - 1
-    return positions
 
 
 def load_classifier(

@@ -229,11 +229,16 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def most_positions(section: ModelTask) -> int | None:
+def most_positions(config: Any, kind: Kind) -> int | None:
     """The longest sample that a model has positions for, as its config says; None where it does not say."""
-    config = _loaded(section.model, partial(_config, section), "a causal language model")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    for name, module in without_weights(config, kind).named_modules():
+        # RoBERTa and its kin count positions from behind the padding token.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - int(module.padding_idx) - 1
+    return positions
 
 
 def check_vocabulary(model: nn.Module, token: int) -> None:

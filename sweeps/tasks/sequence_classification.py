@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
-from sweeps.tasks.classifiers import load_classifier, most_positions, own_classes, set_up
+from sweeps.tasks.classifiers import load_classifier, own_classes, set_up
 from sweeps.tasks.labelled import Batch, Labelled, tokenise_labelled
 from sweeps.tasks.labels import check_order, check_several, class_ids, class_names
-from sweeps.tasks.pretrained import CLASSIFIER, check_vocabulary, load_config, load_tokenizer
+from sweeps.tasks.pretrained import CLASSIFIER, check_vocabulary, load_config, load_tokenizer, most_positions
 from sweeps.tasks.samples import load_samples
 from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, padded, within
 
@@ -97,7 +97,7 @@ class SequenceClassificationTask:
         check_order(names, own)
         classes = [class_ids(each, names) for each in both]
         padding = set_up(config, names, tokenizer)
-        positions = most_positions(config)
+        positions = most_positions(config, CLASSIFIER)
         most = most_tokens(section, positions)
         cut = most if section.too_long == "truncate" else None
         samples = []

@@ -40,9 +40,9 @@ def find_heads(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Mo
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
-        if not inside and any(_is_called(name, each) for each in wanted):
+        if not inside and any(is_called(name, each) for each in wanted):
             found[name] = module
-    missing = [each for each in names or () if not any(_is_called(name, each) for name, _ in model.named_modules())]
+    missing = [each for each in names or () if not any(is_called(name, each) for name, _ in model.named_modules())]
     if missing or not found:
         called = " or ".join(missing or wanted) or "by some name"
         raise ValueError(
@@ -54,7 +54,8 @@ def find_heads(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Mo
     return found
 
 
-def _is_called(name: str, end: str) -> bool:
+def is_called(name: str, end: str) -> bool:
+    """Whether a module's full name is this, or ends so after a dot."""
     return f".{name}".endswith(f".{end}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_core.heads import find_heads, is_called
 from lora_core.targets import heads_of
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
@@ -90,18 +91,18 @@ def load_classifier(
 
 
 def _heads(model: nn.Module, section: Section, absent: Iterable[str]) -> tuple[str, ...]:
-    """Modules that go by the head's names, none of them within another."""
-    wanted = section.head or heads_of(model)
-    found = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{head}") for head in wanted)]
-    found = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    unknown = [head for head in section.head or () if not any(f".{name}".endswith(f".{head}") for name in found)]
-    if unknown or not found:
+    try:
+        return tuple(find_heads(model, section.head))
+    except ValueError as error:
+        wanted = section.head or heads_of(model)
+        unknown = [head for head in wanted if not any(is_called(name, head) for name, _ in model.named_modules())]
+        if section.head and not unknown:
+            raise TaskError("head", "modules with weights of their own", str(error)) from None
         required = "names of the model's modules" if section.head else f"a module called {' or '.join(wanted)}"
         what = f"no {', '.join(unknown)} in" if section.head else "none in"
         drawn = ", ".join(_parts(model, absent)) or "nothing: name the module that its classes come from"
         way_out = f"the checkpoint lacks {drawn}" if section.head else f"write task.head: [{drawn}]"
-        raise TaskError("head", required, f"{what} a {type(model).__name__}", way_out)
-    return tuple(found)
+        raise TaskError("head", required, f"{what} a {type(model).__name__}", way_out) from None
 
 
 def _check_whole(model: nn.Module, heads: Collection[str], absent: Iterable[str]) -> None:

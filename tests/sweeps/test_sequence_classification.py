@@ -486,6 +486,15 @@ def test_modules_that_are_no_function_of_a_members_rows_are_refused_as_heads(
         fit(document, tmp_path)
 
 
+def test_modules_without_weights_of_their_own_are_refused_as_heads(
+    models: dict[str, Path], singles: str, tmp_path: Path
+):
+    document = classify_document(models["roberta"], singles, "head: [classifier.dropout]")
+    words = r"task\.head: required modules with weights of their own; found .*parameters to train; found none in"
+    with pytest.raises(SpecError, match=words):
+        fit(document, tmp_path)
+
+
 def test_embeddings_may_be_trained_whole_beside_the_head(models: dict[str, Path], singles: str, load):
     document = classify_document(models["gpt2"], singles, "head: [wte, score]", targets="[c_attn]")
     task = load(document)

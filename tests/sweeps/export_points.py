@@ -9,12 +9,15 @@ from typing import Any
 
 import yaml
 
-from sweeps.events import SweepCreated
+from sweeps.events import RungReported, SweepCreated
 from sweeps.export.point import ExportPoint
+from sweeps.home import Home
+from sweeps.jobs import JobOrder, MemberOrder
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec, parse_spec
+from sweeps.training import JobRunner
 
 ALPHA = 16.0
 
@@ -60,6 +63,28 @@ def record_of_one(spec: SweepSpec, configuration: Configuration) -> tuple[SweepR
     )
     trial = TrialRecord(7, {}, configuration, Reduction.of(spec).class_id(configuration), None, 0.0, state="finished")
     return SweepRecord("exported-000000", created, 0.0, trials={7: trial}), trial
+
+
+def trained(spec: SweepSpec, configuration: Configuration, home: Home) -> tuple[SweepRecord, TrialRecord]:
+    """A sweep of one trial that was really trained and has left its state."""
+    record, trial = record_of_one(spec, configuration)
+    order = JobOrder(
+        job=0,
+        work="train",
+        spec=spec.model_dump(mode="json"),
+        cache=str(home.cache),
+        checkpoints=str(home.checkpoints(record.id)),
+        members=(MemberOrder(trial=trial.number, configuration=configuration, class_id=""),),
+        start=0,
+        stop=spec.train.steps,
+    )
+    result = JobRunner().run(order)
+    assert result.error is None, result.detail
+    (member,) = result.members
+    trial.rungs.append(
+        RungReported(trial=trial.number, job=0, step=order.stop, metrics=member.metrics, checkpoint=member.checkpoint)
+    )
+    return record, trial
 
 
 def point_of(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,12 @@ from tests.sweeps.hf_support import (
     write_jsonl,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAIRS = [{"prompt": f"What is {i} times {i}?", "completion": f" It is {i * i}."} for i in range(12)]
 CHATS = [
     {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}."}]} for i in range(6)
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,10 @@ from sweeps.tasks import load_task
 from sweeps.tasks.digits import DigitsTask
 from tests.sweeps.support import SWEPT, make_spec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 6
 PARAMETERS = f"{SWEPT}, alpha: {{values: [4, 16, 40]}}"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with preflight.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,10 @@ from sweeps.spec import SequenceClassificationTask
 from sweeps.tasks.sequence_classification import SequenceClassificationTask as Classification
 from tests.documents import script
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--steps", "12", "--width", "32", "--batch", "8", "--vocabulary", "400", "--files", "12"]
 KINDS = ("code", "comment", "docstring", "message")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tests.sweeps.hf_support import TEXTS, lm_document, make_gpt2, write_jsonl
 
 # Of torch's own modules as they are imported, and of what Dynamo looks at where a graph begins.
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning"),
 ]
@@ -28,11 +29,8 @@ POINTS = [Configuration(rank=rank, alpha=16.0, lr=0.01, init_scale=2.0) for rank
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     torch._dynamo.reset()
 
 

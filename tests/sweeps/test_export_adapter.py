@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,60 +16,28 @@ from torch import Tensor
 from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import export_peft_adapter, load_member, save_member, split_saved_modules
 from sweeps.deliverables import write_adapter
-from sweeps.events import RungReported
 from sweeps.home import Home
-from sweeps.jobs import JobOrder, MemberOrder
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
-from sweeps.spec import SweepSpec
 from sweeps.tasks import load_task
-from sweeps.training import JobRunner
-from tests.sweeps.export_points import record_of_one
+from tests.sweeps.export_points import trained
 from tests.sweeps.hf_support import TEXTS, lm_document, make_gpt2, make_model, write_jsonl
 
 # PEFT 0.21 asks transformers 5.23 by the older name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 CONFIGURATION = Configuration(rank=4, alpha=16.0, lr=0.05, init_scale=2.0)
 IDS = torch.arange(1, 25).view(2, 12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = write_jsonl(tmp_path_factory.mktemp("data") / "texts.jsonl", [{"text": text} for text in TEXTS])
     return f"train: '{path}'"
-
-
-def trained(spec: SweepSpec, home: Home) -> tuple[SweepRecord, TrialRecord]:
-    """A sweep of one trial that was really trained and has left its state."""
-    record, trial = record_of_one(spec, CONFIGURATION)
-    order = JobOrder(
-        job=0,
-        work="train",
-        spec=spec.model_dump(mode="json"),
-        cache=str(home.cache),
-        checkpoints=str(home.checkpoints(record.id)),
-        members=(MemberOrder(trial=trial.number, configuration=CONFIGURATION, class_id=""),),
-        start=0,
-        stop=spec.train.steps,
-    )
-    result = JobRunner().run(order)
-    assert result.error is None, result.detail
-    (member,) = result.members
-    rung = RungReported(
-        trial=trial.number, job=0, step=order.stop, metrics=member.metrics, checkpoint=member.checkpoint
-    )
-    trial.rungs.append(rung)
-    return record, trial
 
 
 def our_logits(record: SweepRecord, trial: TrialRecord, home: Home) -> Tensor:
@@ -95,7 +62,7 @@ def test_peft_finds_model_and_adapter_by_the_folder_alone(name: str, texts: str,
     """Without a warning, which is an error here: PEFT warns where fan_in_fan_out is not the layers'."""
     make, targets = MODELS[name]
     home = Home(tmp_path / "home")
-    record, trial = trained(lm_document(make(tmp_path / "model"), texts, targets=targets).spec, home)
+    record, trial = trained(lm_document(make(tmp_path / "model"), texts, targets=targets).spec, CONFIGURATION, home)
     write_adapter(record, trial, home, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tmp_path / "model"))
@@ -110,7 +77,9 @@ def test_peft_finds_model_and_adapter_by_the_folder_alone(name: str, texts: str,
 
 def test_the_state_of_an_earlier_release_is_still_exported(texts: str, tmp_path: Path):
     home = Home(tmp_path / "home")
-    record, trial = trained(lm_document(make_gpt2(tmp_path / "model"), texts, targets="all-linear").spec, home)
+    record, trial = trained(
+        lm_document(make_gpt2(tmp_path / "model"), texts, targets="all-linear").spec, CONFIGURATION, home
+    )
     place = home.checkpoints(record.id) / str(trial.rungs[-1].checkpoint)
     state = load_member(place)
     assert state.extra == {"trial": "7", "fan_in_fan_out": "true", "heads": "[]"}
@@ -125,7 +94,7 @@ def test_the_state_of_an_earlier_release_is_still_exported(texts: str, tmp_path:
 def test_the_revision_of_a_model_goes_with_its_name(texts: str, tmp_path: Path):
     home = Home(tmp_path / "home")
     document = lm_document(make_model(tmp_path / "model"), texts)
-    record, trial = trained(document.spec, home)
+    record, trial = trained(document.spec, CONFIGURATION, home)
     task = record.spec.task.model_copy(update={"model": "org/model", "revision": "v2"})
     spec = record.spec.model_copy(update={"task": task}).model_dump(mode="json")
     write_adapter(replace(record, created=record.created.model_copy(update={"spec": spec})), trial, home, tmp_path)

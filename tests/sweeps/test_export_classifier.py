@@ -24,34 +24,26 @@ from lora_core.adapter import Member
 from lora_core.optimizers import PackOptimizer
 from lora_core.trajectory import Trajectory, compare, control_of, record_trajectories
 from sweeps.deliverables import write_adapter, write_merged
-from sweeps.events import RungReported
 from sweeps.export import FORMATS
 from sweeps.export.point import ExportPoint
 from sweeps.home import Home
-from sweeps.jobs import JobOrder, MemberOrder
 from sweeps.recipe import bank_of, indices_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.tasks import load_task
 from sweeps.tasks.sequence_classification import SequenceClassificationTask
-from sweeps.training import JobRunner
-from tests.sweeps.export_points import record_of_one
+from tests.sweeps.export_points import record_of_one, trained
 from tests.sweeps.hf_support import TEXTS, classify_document, make_checkpoint, write_jsonl
 
 NAMES = ("negative", "neutral", "positive")
 POINT = Configuration(rank=4, alpha=16.0, lr=1e-2, init_scale=2.0, head_lr=5e-3)
 KINDS = {"roberta": "", "bert-without-pooler": "head: [pooler, classifier]", "gpt2": ""}
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 def document_of(kind: str, folder: Path) -> SpecDocument:
@@ -148,23 +140,7 @@ def test_the_exported_files_in_unmodified_peft_and_trainer_are_our_trial(kind: s
 def test_the_trained_folder_and_the_merged_model_have_the_head(tmp_path: Path):
     spec = document_of("bert-without-pooler", tmp_path).spec
     home = Home(tmp_path / "home")
-    record, trial = record_of_one(spec, POINT)
-    order = JobOrder(
-        job=0,
-        work="train",
-        spec=spec.model_dump(mode="json"),
-        cache=str(home.cache),
-        checkpoints=str(home.checkpoints(record.id)),
-        members=(MemberOrder(trial=trial.number, configuration=POINT, class_id=""),),
-        start=0,
-        stop=spec.train.steps,
-    )
-    result = JobRunner().run(order)
-    assert result.error is None, result.detail
-    (member,) = result.members
-    trial.rungs.append(
-        RungReported(trial=trial.number, job=0, step=order.stop, metrics=member.metrics, checkpoint=member.checkpoint)
-    )
+    record, trial = trained(spec, POINT, home)
     write_adapter(record, trial, home, tmp_path / "adapter")
     write_merged(record, trial, home, tmp_path / "merged")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -187,4 +163,4 @@ def test_the_trained_folder_and_the_merged_model_have_the_head(tmp_path: Path):
             model(input_ids=ids[starts[i] : starts[i + 1]].long()[None], labels=classes[i][None]).loss.item()
             for i in range(len(classes))
         ]
-        assert sum(losses) / len(losses) == pytest.approx(member.metrics["eval/loss"], rel=1e-5)
+        assert sum(losses) / len(losses) == pytest.approx(trial.rungs[-1].metrics["eval/loss"], rel=1e-5)

@@ -42,16 +42,9 @@ from sweeps.spec import SweepSpec
 from sweeps.tasks.digits import DigitsTask
 from tests.sweeps.export_points import ALPHA, read, record_of_one, spec_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTROLS = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are too small to share, and threads that wait for one another take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,9 @@ from tests.lora_core.support import profiled_peak
 from tests.support import ROOT, run_cli
 from tests.sweeps.hf_support import TEXTS, lm_document, make_gpt2, make_model, make_tokenizer, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with flight.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

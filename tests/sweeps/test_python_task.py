@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,10 @@ from sweeps.tasks import load_task
 from sweeps.training import JobRunner
 from tests.support import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLE = ROOT / "examples" / "custom.yaml"
 POINTS = [Configuration(rank=rank, alpha=16.0, lr=0.01, init_scale=2.0) for rank in (2, 8)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(spec: SweepSpec, folder: Path, *points: Configuration, **order: Any) -> JobResult:

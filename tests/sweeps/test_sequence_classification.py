@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from tests.sweeps.hf_support import (
     write_jsonl,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("negative", "neutral", "positive")
 SINGLES = [{"text": text, "label": NAMES[i % 3]} for i, text in enumerate(TEXTS)]
 PAIRS = [{"text": text, "text_pair": TEXTS[-1 - i // 2], "label": i % 4 == 0} for i, text in enumerate(TEXTS)]
@@ -43,14 +45,6 @@ KINDS = ("roberta", "bert", "deberta", "gpt2")
 TASK = {"deberta": "head: [pooler, classifier]"}
 TARGETS = {"deberta": "[query_proj, value_proj, attention.output.dense]"}
 """all-linear has DeBERTa's projections of positions in it, which belong to no member."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

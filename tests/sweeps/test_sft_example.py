@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sweeps.jobs import JobOrder, MemberOrder
 from sweeps.preflight import member_bytes, most_members, preflight
@@ -18,15 +16,9 @@ from sweeps.training import JobRunner
 from tests.documents import script
 from tests.support import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--steps", "12", "--width", "32", "--batch", "8", "--vocabulary", "400", "--files", "6"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

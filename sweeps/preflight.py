@@ -99,8 +99,8 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whol
                 f"machine's {place}"
             )
         task = load_task(spec, cache=cache, device=meta if too_large else device)
-        if spec.torch_compile:
-            check_compiler(device)
+        if spec.torch_compile and not whole and (device.type == "cuda" or not _asks_for_gpus(spec)):
+            check_compiler(device)  # else whoever compiles has a machine of its own
         targets = targets_of(document, reduction, task)
         flops = _step_flops(spec, task)
         long = size is not None and device.type == "cpu" and not too_large and flops > _MOST_FLOPS

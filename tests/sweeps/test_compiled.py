@@ -74,7 +74,7 @@ def test_without_a_compiler_nothing_starts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("torch.compile", _fails)
     words = r"3: task\.torch_compile: required a compiler that torch can use; found no g\+\+ found; install"
     with pytest.raises(SpecError, match=words):
-        preflight(document, Reduction.of(document.spec), tmp_path / "cache")
+        preflight(document, Reduction.of(document.spec), tmp_path / "cache", whole=False)
 
 
 def _fails(function: object) -> None:

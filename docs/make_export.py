@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from pages import with_parts
+
 from sweeps.errors import InputError
 from sweeps.events import SweepCreated
 from sweeps.export import FORMATS
@@ -21,7 +23,6 @@ from sweeps.space import Configuration
 from sweeps.spec import parse_spec
 
 PATH = Path(__file__).parent / "export.md"
-_END = "<!-- end -->"
 
 SHOWN = {
     "peft": ("adapter_config.json", "json"),
@@ -146,18 +147,8 @@ def capabilities() -> str:
 
 
 def document(text: str) -> str:
-    """The page with its made parts made anew.
-
-    Raises:
-        ValueError: it has no place, or more than one, for one of them.
-    """
-    for name, part in parts().items():
-        head = f"<!-- made by docs/make_export.py: {name} -->\n"
-        if text.count(head) != 1:
-            raise ValueError(f"export.md must have one line {head.strip()!r}; found {text.count(head)}")
-        before, _, rest = text.partition(head)
-        text = f"{before}{head}\n{part}\n\n{_END}{rest[rest.index(_END) + len(_END) :]}"
-    return text
+    """The page with its made parts made anew; see `with_parts`."""
+    return with_parts(text, parts(), script="make_export.py", page="export.md")
 
 
 if __name__ == "__main__":

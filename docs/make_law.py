@@ -24,6 +24,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
+from pages import with_parts
 from torch import Tensor
 
 from lora_core.adapter import LoraBank, Member
@@ -45,19 +46,8 @@ Found = Mapping[Case, Mapping[Gauge, bool]]
 
 
 def document(text: str, parts: Mapping[str, str]) -> str:
-    """The page with some of its parts made anew.
-
-    Raises:
-        ValueError: the page has no place, or more than one, for one of them.
-    """
-    for name, part in parts.items():
-        head, end = f"<!-- made by docs/make_law.py: {name} -->\n", "<!-- end -->"
-        if text.count(head) != 1:
-            raise ValueError(f"law.md must have one line {head.strip()!r}; found {text.count(head)}")
-        before, _, rest = text.partition(head)
-        # An empty line on either side, or Markdown would take a table for HTML.
-        text = f"{before}{head}\n{part}\n\n{end}{rest[rest.index(end) + len(end) :]}"
-    return text
+    """The page with some of its parts made anew; see `with_parts`."""
+    return with_parts(text, parts, script="make_law.py", page="law.md")
 
 
 def parts_of(found: Found) -> dict[str, str]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from pages import with_parts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from services.cli import cli
 from sweeps.errors import InputError
 
 PATH = Path(__file__).parent / "tasks.md"
-_END = "<!-- end -->"
 
 ANSWERS = [{"prompt": f"{n} times {n} is ", "completion": f"{n * n}."} for n in range(12)]
 REVIEWS = [{"text": f"It was {word}.", "label": label} for word, label in (("fun", "good"), ("dull", "bad"))] * 6
@@ -97,18 +97,8 @@ def parts() -> dict[str, str]:
 
 
 def document(text: str) -> str:
-    """The page with its made parts made anew.
-
-    Raises:
-        ValueError: it has no place, or more than one, for one of them.
-    """
-    for name, part in parts().items():
-        head = f"<!-- made by docs/make_tasks.py: {name} -->\n"
-        if text.count(head) != 1:
-            raise ValueError(f"tasks.md must have one line {head.strip()!r}; found {text.count(head)}")
-        before, _, rest = text.partition(head)
-        text = f"{before}{head}\n{part}\n\n{_END}{rest[rest.index(_END) + len(_END) :]}"
-    return text
+    """The page with its made parts made anew; see `with_parts`."""
+    return with_parts(text, parts(), script="make_tasks.py", page="tasks.md")
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -18,5 +18,9 @@ def script(name: str, folder: str = "docs") -> ModuleType:
     assert location.loader is not None
     module = importlib.util.module_from_spec(location)
     sys.modules[location.name] = module  # its dataclasses look themselves up there
-    location.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / folder))  # as for a script that is run
+    try:
+        location.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / folder))
     return module

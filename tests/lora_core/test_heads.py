@@ -191,13 +191,22 @@ def test_a_head_without_settings_stays_frozen():
 
 
 def test_over_a_half_precision_model_heads_are_kept_in_float32_and_compute_in_its_dtype():
-    model = model_of(torch.bfloat16)
+    model, x = model_of(torch.bfloat16), torch.linspace(-1, 1, 48).view(4, 12).to(torch.bfloat16)
+    reference = model_of(torch.bfloat16)
+    reference(x).float().square().sum().backward()
     bank = LoraBank.attach(model, TARGETS, [member(), member(2)], heads=["head"])
     assert bank.params_KP.dtype == torch.float32
-    out = model(torch.ones(4, 12, dtype=torch.bfloat16))
+    out = model(x.repeat(2, 1))
     assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
-    assert bank.grads_KP[:, bank.head_start :].any(dim=1).all()
+    for k in range(2):
+        tensors = bank.member_tensors(k)
+        for name, parameter in reference.head.named_parameters():
+            found, expected = tensors[f"head.{name}"].grad, parameter.grad.float()
+            assert float((found - expected).norm() / expected.norm()) < 2e-2
+    merged = bank.merged_weights(0)
+    assert {value.dtype for value in merged.values()} == {torch.bfloat16}
+    assert {f"head.{name}" for name, _ in reference.head.named_parameters()} < set(merged)
 
 
 def test_a_model_must_not_be_moved_while_heads_are_attached():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_core.adapter import Member
 from lora_core.optimizers import PackOptimizer
 from sweeps.errors import SpecError
+from sweeps.jobs import JobOrder, MemberOrder
 from sweeps.preflight import preflight
 from sweeps.recipe import bank_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
@@ -26,6 +28,7 @@ from sweeps.space import Configuration
 from sweeps.spec import SpecDocument
 from sweeps.tasks import load_task
 from sweeps.tasks.sequence_classification import SequenceClassificationTask
+from sweeps.training import JobRunner
 from tests.support import run_cli
 from tests.sweeps.hf_support import (
     TEXTS,
@@ -478,6 +481,23 @@ def test_modules_that_are_no_function_of_a_members_rows_are_refused_as_heads(
         document = classify_document(models[kind], singles, f"head: {head}", targets="['0.attention.self.query']")
     with pytest.raises(SpecError, match=rf"task\.head: required modules that make one tensor of one tensor.*{words}"):
         fit(document, tmp_path)
+
+
+def test_a_worker_that_goes_on_to_another_seed_draws_the_head_anew(
+    models: dict[str, Path], singles: str, tmp_path: Path
+):
+    member = MemberOrder(trial=0, configuration=replace(POINTS[0], lr=1e-9, head_lr=1e-9), class_id="")
+    places = {"cache": str(tmp_path / "cache"), "checkpoints": str(tmp_path / "checkpoints")}
+
+    def first_metrics(runner: JobRunner, seed: int) -> dict[str, float]:
+        spec = classify_document(models["roberta"], singles, seed=seed).spec.model_dump(mode="json")
+        result = runner.run(JobOrder(job=0, work="train", spec=spec, members=(member,), start=0, stop=1, **places))
+        assert result.error is None, result.detail
+        return result.members[0].metrics
+
+    worker = JobRunner()
+    found = [first_metrics(worker, seed) for seed in (0, 1, 0)]
+    assert found[0] == found[2] != found[1] == first_metrics(JobRunner(), 1)
 
 
 def test_modules_without_weights_of_their_own_are_refused_as_heads(

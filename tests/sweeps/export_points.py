@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sweeps.events import RungReported, SweepCreated
+from sweeps.events import RungReported
 from sweeps.export.point import ExportPoint
 from sweeps.home import Home
 from sweeps.jobs import JobOrder, MemberOrder
@@ -18,6 +18,7 @@ from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec, parse_spec
 from sweeps.training import JobRunner
+from tests.sweeps.support import make_created
 
 ALPHA = 16.0
 
@@ -50,19 +51,8 @@ train: {{optimizer: {optimizer}, steps: {steps}, batch_size: 16{train}}}
 
 def record_of_one(spec: SweepSpec, configuration: Configuration) -> tuple[SweepRecord, TrialRecord]:
     """A sweep with that configuration as its one trial."""
-    created = SweepCreated(
-        name=spec.name,
-        spec=spec.model_dump(mode="json"),
-        spec_text="",
-        source="exported.yaml",
-        plan={},
-        tracking_uri="",
-        experiment="",
-        lanes=1,
-        pack=1,
-    )
     trial = TrialRecord(7, {}, configuration, Reduction.of(spec).class_id(configuration), None, 0.0, state="finished")
-    return SweepRecord("exported-000000", created, 0.0, trials={7: trial}), trial
+    return SweepRecord("exported-000000", make_created(spec), 0.0, trials={7: trial}), trial
 
 
 def trained(spec: SweepSpec, configuration: Configuration, home: Home) -> tuple[SweepRecord, TrialRecord]:

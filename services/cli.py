@@ -139,13 +139,12 @@ def list_sweeps(as_json: bool) -> None:
     """List the sweeps of this state directory, latest first."""
     from services.output import print_sweeps, summary
     from sweeps.home import Home
-    from sweeps.ledger import Ledger
     from sweeps.records import read_sweep
 
     home = Home.locate()
     summaries = []
     if home.has_ledger:
-        with Ledger.in_directory(home.path) as ledger:
+        with home.ledger() as ledger:
             summaries = [summary(read_sweep(ledger, sweep.id), home) for sweep in reversed(ledger.sweeps())]
     if as_json:
         _print_json(summaries)
@@ -190,13 +189,12 @@ cli.add_command(translate)
 
 def _record(sweep: str) -> SweepRecord:
     from sweeps.home import Home
-    from sweeps.ledger import Ledger
     from sweeps.records import read_sweep
 
     home = Home.locate()
     if not home.has_ledger:
         raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
-    with Ledger.in_directory(home.path) as ledger:
+    with home.ledger() as ledger:
         return read_sweep(ledger, ledger.find(sweep).id)
 
 

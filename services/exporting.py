@@ -81,13 +81,12 @@ def _check_format(form: str) -> None:
 
 def _find(sweep: str) -> tuple[SweepRecord, Home]:
     from sweeps.home import Home
-    from sweeps.ledger import Ledger
     from sweeps.records import read_sweep
 
     home = Home.locate()
     if not home.has_ledger:
         raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
-    with Ledger.in_directory(home.path) as ledger:
+    with home.ledger() as ledger:
         return read_sweep(ledger, ledger.find(sweep).id), home
 
 

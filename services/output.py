@@ -220,7 +220,7 @@ _WALL = ("start-up", "trials", "certificates", "report", "waiting for MLflow")
 
 
 def _reduction_lines(record: SweepRecord) -> list[str]:
-    plan = Plan.model_validate(record.created.plan)
+    plan = record.plan
     before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
     lines = [f"{before} -> {after}"]
     if plan.configurations is not None:

@@ -149,7 +149,7 @@ def start(
     experiment = spec.tracking.experiment or spec.name
     tracking.check_tracking(uri, experiment)
     with (
-        Ledger.in_directory(home.path) as ledger,
+        home.ledger() as ledger,
         closing_killed(home, ledger),
         _cluster(home, address, plan.workers, progress, interrupts),
     ):
@@ -187,12 +187,12 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
         InputError: there is no such sweep, or it cannot be driven from here.
     """
     clock = Clock()
-    with Ledger.in_directory(home.path) as ledger:
+    with home.ledger() as ledger:
         sweep = ledger.find(reference).id
         record = read_sweep(ledger, sweep)
         uri = _tracking_uri(record)
         tracking.check_tracking(uri, record.created.experiment)
-        workers = Plan.model_validate(record.created.plan).workers
+        workers = record.plan.workers
         driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
         with home.driving(sweep), closing_killed(home, ledger, spare=sweep):
             if record.state == "finished":
@@ -267,7 +267,7 @@ class _Driver:
 
     def _searcher(self) -> PackSearcher:
         record = read_sweep(self._ledger, self._sweep)
-        spec, plan = record.spec, Plan.model_validate(record.created.plan)
+        spec, plan = record.spec, record.plan
         reduction = Reduction.of(spec)
         return PackSearcher(
             spec,

@@ -13,6 +13,7 @@ from sweeps.space import Configuration
 
 TrialState = Literal["finished", "pruned", "diverged", "failed"]
 SweepState = Literal["finished", "paused", "interrupted", "failed"]
+QueueState = Literal["queued", "starting", "running", "paused", "degraded", "finished", "failed", "cancelled"]
 
 
 class _Event(BaseModel):
@@ -46,6 +47,24 @@ class DriverStarted(_Event):
 
     kind: Literal["driver_started"] = "driver_started"
     resumed: bool
+
+
+class SweepExtended(_Event):
+    """The sweep was given more trials than it was created with."""
+
+    kind: Literal["sweep_extended"] = "sweep_extended"
+    trials: int
+    """How many it trains in all from now on, duplicates not counted."""
+
+
+class QueueMoved(_Event):
+    """A service moved the sweep in its queue."""
+
+    kind: Literal["queue_moved"] = "queue_moved"
+    state: QueueState
+    reason: str = ""
+    by: str = ""
+    """The user who asked for it; empty where the service did it by itself."""
 
 
 class TrialAsked(_Event):
@@ -164,6 +183,8 @@ class Delivered(_Event):
 Event = (
     SweepCreated
     | DriverStarted
+    | SweepExtended
+    | QueueMoved
     | TrialAsked
     | JobStarted
     | RungReported

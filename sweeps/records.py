@@ -13,16 +13,19 @@ from sweeps.events import (
     JobEnded,
     JobStarted,
     MemberDiverged,
+    QueueMoved,
     ReportWritten,
     RungReported,
     SweepCreated,
     SweepEnded,
+    SweepExtended,
     SweepState,
     TrialAsked,
     TrialState,
     TrialTold,
 )
 from sweeps.ledger import Ledger, Record
+from sweeps.plan import Plan
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
 
@@ -78,7 +81,9 @@ class SweepRecord:
         trials: by number.
         jobs_started, jobs_ended: by number; a job that was started and not ended was lost with its driver.
         certificates: in the order they were made.
+        driven: whether a driver has ever begun.
         ended: the last word of the last driver; None while one drives, or after one was killed.
+        extended_to: trials in all, where the sweep was given more than it was created with.
         seconds: where the drivers' time went, by stage, summed over them.
         report_directory: where the latest report lies.
         delivered: MLflow has every event up to this one.
@@ -94,7 +99,9 @@ class SweepRecord:
     jobs_started: dict[int, JobStarted] = field(default_factory=dict)
     jobs_ended: dict[int, JobEnded] = field(default_factory=dict)
     certificates: list[dict[str, Any]] = field(default_factory=list)
+    driven: bool = False
     ended: SweepEnded | None = None
+    extended_to: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     report_directory: str | None = None
     delivered: int = 0
@@ -109,9 +116,17 @@ class SweepRecord:
         return SweepSpec.model_validate(self.created.spec)
 
     @property
-    def state(self) -> SweepState | Literal["running"]:
-        """`running` also where the driver was killed before it could say otherwise."""
-        return self.ended.state if self.ended else "running"
+    def plan(self) -> Plan:
+        """What was planned, with the trials that it was given later."""
+        plan = Plan.model_validate(self.created.plan)
+        return plan if self.extended_to is None else plan.model_copy(update={"trials": self.extended_to})
+
+    @property
+    def state(self) -> SweepState | Literal["queued", "running"]:
+        """`running` also where the driver was killed before it could say otherwise; `queued` before the first one."""
+        if self.ended:
+            return self.ended.state
+        return "running" if self.driven else "queued"
 
     @property
     def trained(self) -> list[TrialRecord]:
@@ -154,10 +169,15 @@ def fold(sweep: str, records: Iterable[Record]) -> SweepRecord:
     first = next(iterator)
     assert isinstance(first.event, SweepCreated), "a sweep's first event says that it was created"
     state = SweepRecord(sweep, first.event, first.at_s, last_seq=first.seq)
-    for record in iterator:
+    fold_into(state, iterator)
+    return state
+
+
+def fold_into(state: SweepRecord, records: Iterable[Record]) -> None:
+    """Folds the events that came after those a record was made of into it."""
+    for record in records:
         _apply(state, record)
         state.last_seq = record.seq
-    return state
 
 
 def _apply(state: SweepRecord, record: Record) -> None:
@@ -183,7 +203,9 @@ def _apply(state: SweepRecord, record: Record) -> None:
         case Certified() as certified:
             state.certificates.append(certified.certificate)
         case DriverStarted():
-            state.ended = None
+            state.driven, state.ended = True, None
+        case SweepExtended() as extended:
+            state.extended_to = extended.trials
         case SweepEnded() as ended_sweep:
             state.ended = ended_sweep
             for stage, seconds in ended_sweep.seconds.items():
@@ -196,5 +218,7 @@ def _apply(state: SweepRecord, record: Record) -> None:
             state.trial_run_ids.update(delivered.trial_run_ids)
         case MemberDiverged():
             pass  # told as an ending of its own
+        case QueueMoved():
+            pass  # where a sweep stands in a queue is the queue's to say
         case SweepCreated():
             raise AssertionError("a sweep is created once")

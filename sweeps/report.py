@@ -178,7 +178,7 @@ def build(record: SweepRecord) -> CollapseReport:
         created_at_s=record.created_at_s,
         metric=spec.metric.name,
         goal=spec.metric.goal,
-        plan=Plan.model_validate(record.created.plan),
+        plan=record.plan,
         counts=record.counts(),
         duplicates=len(record.trials) - len(record.trained),
         best=best_point(record),

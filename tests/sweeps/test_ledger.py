@@ -230,7 +230,7 @@ def test_the_files_are_readable_by_their_owner_only(tmp_path):
 
 
 def test_what_was_appended_is_on_disk_before_append_returns(ledger):
-    with ledger._engine.connect() as connection:
+    with ledger.database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
 
@@ -279,7 +279,7 @@ def test_an_event_of_another_version_is_told(ledger, tmp_path):
 
 
 def test_a_full_disk_is_told_and_loses_nothing(ledger):
-    with ledger._engine.connect() as connection:
+    with ledger.database.reading() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
     with pytest.raises(StateError, match=r"is not: database or disk is full; nothing was lost: free the disk"):

@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 
 from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import import_peft_adapter
-from sweeps.events import JobEnded, JobStarted
+from sweeps.events import DriverStarted, JobEnded, JobStarted
 from sweeps.ledger import Record
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
@@ -176,8 +176,15 @@ def check_interrupted(cwd: Path, returncode: int, stderr: str, *, code: int) -> 
     assert set(by_role_and_status(cwd)) <= {("sweep", "KILLED"), ("trial", "KILLED")}
 
 
-def jobs_ended(count: int):
-    return lambda records: sum(isinstance(record.event, JobEnded) for record in records) >= count
+def jobs_ended(count: int, *, driver: int = 1):
+    """Enough once so many jobs have ended under the sweep's n-th driver: a process starts long before it drives."""
+
+    def enough(records: list[Record]) -> bool:
+        starts = [i for i, record in enumerate(records) if isinstance(record.event, DriverStarted)]
+        own = records[starts[driver - 1] :] if len(starts) >= driver else []
+        return sum(isinstance(record.event, JobEnded) for record in own) >= count
+
+    return enough
 
 
 def certifying(records: list[Record]) -> bool:
@@ -271,14 +278,14 @@ def test_signals_and_kill_and_resume_lose_nothing_and_change_nothing(finished: F
 
     # SIGTERM, as a service manager sends it: to the one process.
     process = start_cli("run", "--resume", sweep, cwd=tmp_path)
-    wait_for_events(tmp_path, jobs_ended(4), process=process)
+    wait_for_events(tmp_path, jobs_ended(2, driver=2), process=process)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     check_interrupted(tmp_path, process.returncode, stderr, code=143)
 
     # kill -9 in the middle of the rest.
     process = start_cli("run", "--resume", sweep, cwd=tmp_path)
-    wait_for_events(tmp_path, jobs_ended(7), process=process)
+    wait_for_events(tmp_path, jobs_ended(2, driver=3), process=process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     listed = run_json("list", "--json", cwd=tmp_path)

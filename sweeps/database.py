@@ -1,0 +1,167 @@
+"""Opens the database that a ledger lives in, and puts what goes wrong with it into words.
+
+SQLite (WAL, synchronous=FULL, so that what was committed survives a power cut) or PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from sweeps.errors import StateError
+from sweeps.secrecy import hide_passwords
+
+_BUSY_TIMEOUT_S = 30
+
+
+class Database:
+    """Connections to one database. Safe to use from several threads and processes at once."""
+
+    def __init__(self, url: str, metadata: sa.MetaData) -> None:
+        """Opens the database at an SQLAlchemy URL, making the tables where they are missing.
+
+        Raises:
+            StateError: the database cannot be opened or written.
+        """
+        self.url = url
+        try:
+            self._engine = sa.create_engine(_with_driver(url), pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                sa.event.listen(self._engine, "connect", _set_sqlite_pragmas)
+        except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+            raise self._unusable(error) from error
+        self.make_tables(metadata)
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password."""
+        try:
+            sa.make_url(self.url)
+        except sa.exc.ArgumentError:
+            return "what was given"  # who knows what stands in it
+        return hide_passwords(self.url)
+
+    def make_tables(self, metadata: sa.MetaData) -> None:
+        """Makes tables that are missing.
+
+        Raises:
+            StateError: the database cannot be written.
+        """
+        try:
+            with self._engine.begin() as connection:
+                if self._engine.dialect.name == "postgresql":
+                    # There, of two processes that make a table at once, one would fail in spite of IF NOT EXISTS.
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_TABLES_LOCK)))
+                _create_missing_tables(connection, metadata)
+        except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
+            raise self._unusable(error) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection to read with.
+
+        Raises:
+            StateError: the database refuses.
+        """
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except sa.exc.DatabaseError as error:
+            raise StateError(
+                f"the ledger must be readable; {self.shown} is not: {_first_line(error)}; "
+                "mend the file or the database, or use another state directory"
+            ) from error
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A connection in a transaction, which is committed at the end unless something was raised.
+
+        Raises:
+            StateError: the database refuses.
+            IntegrityError: a row is there already.
+        """
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except sa.exc.IntegrityError:
+            raise
+        except sa.exc.DatabaseError as error:
+            raise StateError(
+                f"the ledger must be writable; {self.shown} is not: {_first_line(error)}; "
+                "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
+            ) from error
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self._engine.dispose()
+
+    def _unusable(self, error: Exception) -> StateError:
+        return StateError(
+            "the ledger must be a database that can be written; "
+            f"{self.shown} cannot: {_first_line(error)}; mend it, or use another state directory"
+        )
+
+
+_TABLES_LOCK = 0x6C6F7261
+"""Any number of our own."""
+
+
+def database_file(home: Path) -> str:
+    """The URL of the SQLite file of a state directory, made readable by its owner only.
+
+    Raises:
+        StateError: the file cannot be opened or written.
+    """
+    path = home / "ledger.db"
+    try:
+        # Made before SQLite opens it, because the files that it puts beside it take over its mode.
+        os.close(os.open(path, os.O_RDONLY | os.O_CREAT, 0o600))
+        os.chmod(path, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"the ledger must be a file that can be written; {path} cannot: {error.strerror or error}; "
+            "change to another working directory or set LORA_SWEEPS_HOME"
+        ) from error
+    return f"sqlite:///{path}"
+
+
+def _with_driver(url: str) -> sa.URL:
+    """The URL with psycopg for a PostgreSQL that names no driver, which SQLAlchemy would take psycopg2 for."""
+    parsed = sa.make_url(url)
+    if parsed.drivername in ("postgres", "postgresql"):
+        return parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
+def _create_missing_tables(connection: sa.Connection, metadata: sa.MetaData) -> None:
+    # Not `create_all`, which looks first and creates then: of two processes that open a new ledger, one would fail.
+    for table in metadata.sorted_tables:
+        connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+        for index in table.indexes:
+            connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+
+
+def _set_sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_S * 1000}")
+    deadline_s = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            # SQLite does not wait here while another process does the same to a new ledger.
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous=FULL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _first_line(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).splitlines()[0]

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from lora_core.files import write_atomically
 from lora_core.targets import ALL_LINEAR
 
 _FORMAT = "lora-sweeps member checkpoint"
@@ -110,33 +109,6 @@ def load_member(directory: Path) -> MemberState:
         kind, _, name = key.partition("/")
         {"adapter": adapter, "optimizer": optimizer}[kind][name] = value
     return MemberState(adapter, optimizer, manifest["step"], manifest["extra"])
-
-
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Writes a file so that it is there whole or not at all, even if the power fails: temporary name, fsync, rename,
-    fsync.
-
-    Args:
-        path: where.
-        data: what.
-        mode: the file's permissions.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    parent = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)  # the rename itself
-    finally:
-        os.close(parent)
 
 
 def _serialise(tensors: Mapping[str, Tensor]) -> bytes:

@@ -69,7 +69,7 @@ def run(spec: Path | None, name: str | None, address: str | None, resume: str | 
 @_AS_JSON
 def plan(spec: Path, classes: bool, timed: bool, as_json: bool) -> None:
     """Show what a spec would run, before it runs."""
-    from services.output import classes_of, print_plan
+    from services.words import classes_of, print_plan
     from sweeps.driver import plan_sweep
     from sweeps.home import Home
     from sweeps.spec import load_spec
@@ -137,7 +137,7 @@ def init(path: Path, force: bool) -> None:
 @_AS_JSON
 def list_sweeps(as_json: bool) -> None:
     """List the sweeps of this state directory, latest first."""
-    from services.output import print_sweeps, summary
+    from services.words import print_sweeps, summary
     from sweeps.home import Home
     from sweeps.records import read_sweep
 
@@ -167,15 +167,17 @@ def report(sweep: str, form: Any) -> None:
 @_AS_JSON
 def best(sweep: str, as_json: bool) -> None:
     """Print the best point of a sweep."""
-    from services.output import best_as_json, print_best
+    from services.words import best_as_json, print_best
+    from sweeps.best import best_point
 
     record = _record(sweep)
-    if record.best is None:
+    found = best_point(record)
+    if found is None:
         raise InputError(f"a best point needs a finished trial; {record.id} is {record.state} and has none")
     if as_json:
-        _print_json(best_as_json(record))
+        _print_json(best_as_json(found))
     else:
-        print_best(record)
+        print_best(found)
 
 
 cli.add_command(certify)

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lora_core import __version__
-from lora_core.checkpoint import write_atomically
+from lora_core.files import write_atomically
 from lora_core.laws import OptimizerLaw
 from lora_core.trajectory import THRESHOLD
 from sweeps.certifying import ClassOrder, InFloat64, Told, certify

@@ -16,8 +16,8 @@ from lora_core.checkpoint import (
     export_peft_adapter,
     load_member,
     split_saved_modules,
-    write_atomically,
 )
+from lora_core.files import write_atomically
 from sweeps import report
 from sweeps.errors import InputError
 from sweeps.export import FORMATS

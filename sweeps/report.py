@@ -16,12 +16,12 @@ import jinja2
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lora_core.checkpoint import write_atomically
+from lora_core.files import write_atomically
 from lora_core.gauge import Gauge, regauge
 from lora_core.laws import Constant
+from sweeps.best import Best, best_point, counts_in_words, unit_of
 from sweeps.collapse import Certificate, TwinVerdict, twins
 from sweeps.events import TrialState
-from sweeps.export.point import ExportPoint
 from sweeps.plan import Plan
 from sweeps.rank_scaling import RankScaling, answer
 from sweeps.records import SweepRecord, TrialRecord
@@ -63,43 +63,6 @@ class ReportedTrial(_Part):
     """The rest of its class, at the other alphas of the spec."""
 
 
-class DefaultInit(_Part):
-    """The best point for a trainer that knows no init scale."""
-
-    alpha: float
-    lr: float
-    weight_decay: float
-    eps: float | None
-    clip_norm: float | None
-    constants: dict[str, Constant]
-
-
-class Best(_Part):
-    """The best point, as `lora-sweeps best --json` prints it."""
-
-    sweep: str
-    trial: int
-    value: float
-    metric: str
-    rank: int
-    alpha: float
-    lr: float
-    lr_ratio: float
-    init_scale: float
-    weight_decay: float
-    head_lr: float
-    """Learning rate of what is trained whole beside the adapters, in every gauge; 0 where nothing is."""
-    eps: float | None
-    clip_norm: float | None
-    optimizer: str
-    metrics: dict[str, float]
-    class_id: str
-    mlflow_run_id: str | None
-    constants: dict[str, Constant]
-    """The optimizer's absolute constants, eps among them, at this alpha."""
-    default_init: DefaultInit
-
-
 class CollapseReport(_Part):
     """Everything the report says."""
 
@@ -120,44 +83,6 @@ class CollapseReport(_Part):
     seconds: dict[str, float]
     tokens_per_s: float | None
     """Tokens trained a second by one worker, padding not counted; None where the task has none."""
-
-
-def best_point(record: SweepRecord) -> Best | None:
-    """The best finished trial with its constants; None where none has finished."""
-    trial = record.best
-    if trial is None or trial.value is None:
-        return None
-    spec, configuration = record.spec, trial.configuration
-    point = Reduction.of(spec).point(configuration)
-    moved = ExportPoint.of(record, trial)
-    return Best(
-        sweep=record.id,
-        trial=trial.number,
-        value=trial.value,
-        metric=spec.metric.name,
-        rank=configuration.rank,
-        alpha=configuration.alpha,
-        lr=configuration.lr,
-        lr_ratio=configuration.lr_ratio,
-        init_scale=configuration.init_scale,
-        weight_decay=point.a.weight_decay,
-        head_lr=configuration.head_lr,
-        eps=point.a.eps,
-        clip_norm=point.clip_norm,
-        optimizer=spec.train.optimizer,
-        metrics=trial.metrics,
-        class_id=trial.class_id,
-        mlflow_run_id=record.trial_run_ids.get(trial.number),
-        constants=dict(point.a.constants),
-        default_init=DefaultInit(
-            alpha=moved.alpha,
-            lr=moved.point.a.lr,
-            weight_decay=moved.point.a.weight_decay,
-            eps=moved.point.a.eps,
-            clip_norm=moved.point.clip_norm,
-            constants=dict(moved.point.a.constants),
-        ),
-    )
 
 
 def build(record: SweepRecord) -> CollapseReport:
@@ -273,11 +198,6 @@ def write(report: CollapseReport, directory: Path) -> None:
         write_atomically(directory / f"report.{form}", render(report, form).encode())
 
 
-def unit_of(metric: str) -> str:
-    """The unit of a metric, with a space before it; empty for a pure number."""
-    return " nats" if metric.endswith("loss") else ""
-
-
 @cache
 def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -324,8 +244,3 @@ def _constants_in_words(constants: dict[str, Constant]) -> str:
         for name, value in constants.items()
     ]
     return "".join(f", {each}" for each in said)
-
-
-def counts_in_words(counts: dict[str, int]) -> str:
-    """`24 finished, 39 pruned, 1 diverged`: states that no trial is in are left out."""
-    return ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"

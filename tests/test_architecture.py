@@ -35,6 +35,7 @@ ONLY_IN = {
         "services/exporting.py",
         "services/output.py",
         "services/translating.py",
+        "services/words.py",
     },
 }
 """Each heavy dependency has its one place. MLflow's database stores raise SQLAlchemy's exceptions."""
@@ -101,6 +102,7 @@ def test_no_module_imports_itself_in_a_circle():
         ("import sweeps.spec", ("torch", "ray", "optuna", "mlflow", "numpy", "sqlalchemy")),
         ("import services.cli", ("torch", "ray", "optuna", "mlflow", "pydantic", "rich", "ruamel.yaml")),
         ("import sweeps.reduction, sweeps.records, sweeps.ledger", ("torch", "ray", "optuna", "mlflow")),
+        ("import services.words", ("torch", "ray", "optuna", "mlflow", "numpy", "matplotlib")),
         ("import sweeps.tracking", ("mlflow", "torch", "ray")),
         ("import sweeps.training", ("ray", "mlflow", "optuna")),
     ],

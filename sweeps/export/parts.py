@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.checkpoint import write_atomically
+from lora_core.files import write_atomically
 from lora_core.gauge import FactorSettings
 from sweeps.errors import InputError
 from sweeps.export.point import ExportPoint

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora_core.checkpoint import write_atomically
+from lora_core.files import write_atomically
 from sweeps.errors import TaskError
 from sweeps.tasks.samples import Samples
 

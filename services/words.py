@@ -1,0 +1,149 @@
+"""Points, plans and lists of sweeps, in words and as JSON. Light: no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sweeps.best import Best, counts_in_words, unit_of
+from sweeps.home import Home
+from sweeps.plan import Plan
+from sweeps.records import SweepRecord
+from sweeps.reduction import Reduction
+from sweeps.spec import SweepSpec
+
+_LABEL_WIDTH = 14
+
+
+# -- the best point ----------------------------------------------------------------------------------------------------
+
+
+def best_as_json(found: Best) -> dict[str, Any]:
+    """What `best --json` prints."""
+    fields = found.model_dump(mode="json")
+    fields["class"] = fields.pop("class_id")
+    return fields
+
+
+def best_lines(found: Best) -> list[str]:
+    """The best point in words."""
+    measured = ", ".join(f"{name} {value:.4g}{unit_of(name)}" for name, value in found.metrics.items())
+    default = found.default_init
+    ratio = f", lr ratio {found.lr_ratio:.4g}" if found.lr_ratio != 1 else ""
+    decay = f", weight decay {found.weight_decay:.4g}" if found.weight_decay else ""
+    head = f", head lr {found.head_lr:.4g}" if found.head_lr else ""
+    return [
+        f"{measured} (trial {found.trial})",
+        f"rank {found.rank}, alpha {found.alpha:g}, lr {found.lr:.4g}, init scale {found.init_scale:.4g}{ratio}{decay}"
+        + head,
+        f"with default init the same run is alpha {default.alpha:.4g}, lr {default.lr:.4g}{ratio}"
+        + (f", weight decay {default.weight_decay:.4g}" if found.weight_decay else "")
+        + head,
+    ]
+
+
+def print_best(found: Best) -> None:
+    """Prints the best point in words."""
+    print_lines("best", best_lines(found))
+
+
+# -- plans and lists ---------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan in words."""
+    counts = f"{plan.configurations} configurations -> {plan.classes} classes; " if plan.configurations else ""
+    before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
+    rungs = ", ".join(map(str, plan.rungs))
+    cost = f"about {plan.member_steps} member-steps"
+    print_lines("law", [plan.law])
+    print_lines("reduction", [f"{counts}{before} -> {after}", f"alpha held at {plan.reference_alpha}"])
+    print_lines("space", [_dimension_in_words(dimension) for dimension in plan.space])
+    print_lines("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"])
+    print_lines("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"])
+    packs = [f"of {plan.pack} on {plan.workers} workers"]
+    if plan.base_bytes is not None and plan.member_bytes is not None:
+        packs.append(f"each takes {_size(plan.base_bytes)} and {_size(plan.member_bytes)} a member")
+    print_lines("packs", packs)
+    print_lines("dtype", [plan.dtype or "float32"])
+    print_lines("certificates", [f"{plan.certificates} classes"])
+    if plan.seconds is not None:
+        cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"
+    elif plan.untimed:
+        cost += f"; their time was not measured, for {plan.untimed}"
+    print_lines("cost", [cost])
+    if plan.warnings:
+        print_lines("warnings", list(plan.warnings))
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(0.1, size / 1e6):.1f} MB"
+
+
+def _dimension_in_words(dimension: dict[str, Any]) -> str:
+    if "values" in dimension:
+        return f"{dimension['name']}: {', '.join(f'{value:g}' for value in dimension['values'])}"
+    return f"{dimension['name']}: {dimension['min']:g} to {dimension['max']:g}, {dimension['distribution']}"
+
+
+def classes_of(spec: SweepSpec) -> list[dict[str, Any]] | None:
+    """Every class of a finite space with its member configurations; None where the space is continuous."""
+    classes = Reduction.of(spec).classes
+    if classes is None:
+        return None
+    return [
+        {
+            "class": found.id,
+            "representative": asdict(found.representative),
+            "members": [asdict(configuration) for configuration in found.configurations],
+        }
+        for found in classes
+    ]
+
+
+def summary(record: SweepRecord, home: Home) -> dict[str, Any]:
+    """One sweep of a list."""
+    state = record.state
+    if state == "running" and not home.is_driven(record.id):
+        state = "interrupted"  # its driver was killed before it could say so
+    best = record.best
+    return {
+        "sweep": record.id,
+        "name": record.created.name,
+        "state": state,
+        "created": datetime.fromtimestamp(record.created_at_s, UTC).isoformat(timespec="seconds"),
+        "trials": record.counts(),
+        "metric": record.spec.metric.name,
+        "best": None if best is None else best.value,
+    }
+
+
+def print_sweeps(summaries: list[dict[str, Any]]) -> None:
+    """Prints a list of sweeps in columns."""
+    if not summaries:
+        click.echo("no sweeps yet: start one with `lora-sweeps run SPEC`", err=True)
+        return
+    rows = [("sweep", "state", "created (UTC)", "best", "trials")]
+    for one in summaries:
+        best = "–" if one["best"] is None else f"{one['metric']} {one['best']:.4g}{unit_of(one['metric'])}"
+        rows.append((one["sweep"], one["state"], one["created"][:19], best, counts_in_words(one["trials"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_lines(label: str, lines: list[str]) -> None:
+    """Prints lines with a label in front of the first."""
+    for i, line in enumerate(lines):
+        click.echo(f"{label if i == 0 else '':<{_LABEL_WIDTH}}{line}")
+
+
+def short(path: Path) -> str:
+    """The path from the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

@@ -81,7 +81,9 @@ class SweepRecord:
         trials: by number.
         jobs_started, jobs_ended: by number; a job that was started and not ended was lost with its driver.
         certificates: in the order they were made.
-        driven: whether a driver has ever begun.
+        begun_seq, ended_seq, progress_seq: numbers of the last events that say that a driver began, that it ended, and
+            that a job came back; 0 where there is none.
+        behind_since_s: since when MLflow lacks something; None where it has everything.
         ended: the last word of the last driver; None while one drives, or after one was killed.
         extended_to: trials in all, where the sweep was given more than it was created with.
         seconds: where the drivers' time went, by stage, summed over them.
@@ -90,6 +92,7 @@ class SweepRecord:
         experiment_id, parent_run_id: the sweep's in MLflow, once it is there.
         trial_run_ids: the trials' runs in MLflow.
         last_seq: number of the last event.
+        tellable_seq: number of the last one that MLflow is told of.
     """
 
     id: str
@@ -99,7 +102,10 @@ class SweepRecord:
     jobs_started: dict[int, JobStarted] = field(default_factory=dict)
     jobs_ended: dict[int, JobEnded] = field(default_factory=dict)
     certificates: list[dict[str, Any]] = field(default_factory=list)
-    driven: bool = False
+    begun_seq: int = 0
+    ended_seq: int = 0
+    progress_seq: int = 0
+    behind_since_s: float | None = None
     ended: SweepEnded | None = None
     extended_to: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -109,11 +115,17 @@ class SweepRecord:
     parent_run_id: str | None = None
     trial_run_ids: dict[int, str] = field(default_factory=dict)
     last_seq: int = 0
+    tellable_seq: int = 0
 
     @property
     def spec(self) -> SweepSpec:
         """The resolved spec."""
         return SweepSpec.model_validate(self.created.spec)
+
+    @property
+    def driven(self) -> bool:
+        """Whether a driver has ever begun."""
+        return self.begun_seq > 0
 
     @property
     def plan(self) -> Plan:
@@ -168,7 +180,9 @@ def fold(sweep: str, records: Iterable[Record]) -> SweepRecord:
     iterator = iter(records)
     first = next(iterator)
     assert isinstance(first.event, SweepCreated), "a sweep's first event says that it was created"
-    state = SweepRecord(sweep, first.event, first.at_s, last_seq=first.seq)
+    state = SweepRecord(sweep, first.event, first.at_s)
+    state.last_seq = state.tellable_seq = first.seq
+    state.behind_since_s = first.at_s
     fold_into(state, iterator)
     return state
 
@@ -178,6 +192,10 @@ def fold_into(state: SweepRecord, records: Iterable[Record]) -> None:
     for record in records:
         _apply(state, record)
         state.last_seq = record.seq
+        if not isinstance(record.event, Delivered | QueueMoved):
+            state.tellable_seq = record.seq
+            if state.behind_since_s is None:
+                state.behind_since_s = record.at_s
 
 
 def _apply(state: SweepRecord, record: Record) -> None:
@@ -197,23 +215,28 @@ def _apply(state: SweepRecord, record: Record) -> None:
             state.trials[reported.trial].rungs.append(reported)
         case JobEnded() as ended:
             state.jobs_ended[ended.job] = ended
+            state.progress_seq = record.seq
         case TrialTold() as told:
             trial = state.trials[told.trial]
             trial.state, trial.value, trial.reason, trial.told_at_s = told.state, told.value, told.reason, record.at_s
         case Certified() as certified:
             state.certificates.append(certified.certificate)
         case DriverStarted():
-            state.driven, state.ended = True, None
+            state.begun_seq, state.ended = record.seq, None
         case SweepExtended() as extended:
             state.extended_to = extended.trials
         case SweepEnded() as ended_sweep:
-            state.ended = ended_sweep
+            state.ended, state.ended_seq = ended_sweep, record.seq
             for stage, seconds in ended_sweep.seconds.items():
                 state.seconds[stage] = state.seconds.get(stage, 0.0) + seconds
         case ReportWritten() as written:
             state.report_directory = written.directory
         case Delivered() as delivered:
             state.delivered = delivered.up_to
+            if delivered.up_to >= state.tellable_seq:
+                state.behind_since_s = None
+            elif state.behind_since_s is not None:
+                state.behind_since_s = record.at_s  # it takes things, and has only not got to the end
             state.experiment_id, state.parent_run_id = delivered.experiment_id, delivered.parent_run_id
             state.trial_run_ids.update(delivered.trial_run_ids)
         case MemberDiverged():

@@ -44,6 +44,7 @@ _SUBMISSIONS = sa.Table(
     sa.Column("wanted_by", sa.String(64), nullable=False),
     sa.Column("wanted_at_s", sa.Float, nullable=False),
     sa.Column("handle", sa.String(200), nullable=False),
+    sa.Column("delivering", sa.Boolean, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("begun_seq", sa.BigInteger, nullable=False),
     sa.Column("not_before_s", sa.Float, nullable=False),
@@ -102,6 +103,7 @@ class Submission:
         wanted: `cancel` or `pause` once somebody asked for it; else empty.
         wanted_by, wanted_at_s: who, and when.
         handle: of its driver, in its runner's words; empty where it has none.
+        delivering: whether all that is left to do is to tell MLflow.
         attempts: how often in a row its driver was started without getting anywhere.
         begun_seq: the ledger's last event before the driver was started.
         not_before_s: it is not started again before.
@@ -126,6 +128,7 @@ class Submission:
     wanted_by: str = ""
     wanted_at_s: float = 0.0
     handle: str = ""
+    delivering: bool = False
     attempts: int = 0
     begun_seq: int = 0
     not_before_s: float = 0.0

@@ -7,7 +7,7 @@ made again at any time.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,14 +102,30 @@ class Ledger:
 
     def read(self, sweep: str, *, after: int = 0) -> list[Record]:
         """The events of a sweep in order, from those after a sequence number on."""
+        return [
+            Record(seq, at_s, self._event(seq, payload)) for seq, at_s, payload in self.read_raw(sweep, after=after)
+        ]
+
+    def last_seqs(self, sweeps: Collection[str]) -> dict[str, int]:
+        """The number of each sweep's last event."""
+        query = (
+            sa.select(_EVENTS.c.sweep, sa.func.max(_EVENTS.c.seq))
+            .where(_EVENTS.c.sweep.in_(sweeps))
+            .group_by(_EVENTS.c.sweep)
+        )
+        with self.database.reading() as connection:
+            return {sweep: seq for sweep, seq in connection.execute(query)}  # noqa: C416  # rows are no pairs to mypy
+
+    def read_raw(self, sweep: str, *, after: int = 0, limit: int | None = None) -> list[tuple[int, float, str]]:
+        """Events as they are stored, for those who pass them on: number, time, JSON; at most `limit`."""
         query = (
             sa.select(_EVENTS.c.seq, _EVENTS.c.at_s, _EVENTS.c.payload)
             .where(_EVENTS.c.sweep == sweep, _EVENTS.c.seq > after)
             .order_by(_EVENTS.c.seq)
+            .limit(limit)
         )
         with self.database.reading() as connection:
-            rows = connection.execute(query).all()
-        return [Record(seq, at_s, self._event(seq, payload)) for seq, at_s, payload in rows]
+            return [(seq, at_s, payload) for seq, at_s, payload in connection.execute(query)]
 
     def sweeps(self) -> list[SweepName]:
         """All sweeps, oldest first."""

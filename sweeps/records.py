@@ -83,6 +83,7 @@ class SweepRecord:
         certificates: in the order they were made.
         begun_seq, ended_seq, progress_seq: numbers of the last events that say that a driver began, that it ended, and
             that a job came back; 0 where there is none.
+        ended_at_s: when it ended, in seconds since the epoch.
         behind_since_s: since when MLflow lacks something; None where it has everything.
         ended: the last word of the last driver; None while one drives, or after one was killed.
         extended_to: trials in all, where the sweep was given more than it was created with.
@@ -104,6 +105,7 @@ class SweepRecord:
     certificates: list[dict[str, Any]] = field(default_factory=list)
     begun_seq: int = 0
     ended_seq: int = 0
+    ended_at_s: float = 0.0
     progress_seq: int = 0
     behind_since_s: float | None = None
     ended: SweepEnded | None = None
@@ -226,7 +228,7 @@ def _apply(state: SweepRecord, record: Record) -> None:
         case SweepExtended() as extended:
             state.extended_to = extended.trials
         case SweepEnded() as ended_sweep:
-            state.ended, state.ended_seq = ended_sweep, record.seq
+            state.ended, state.ended_seq, state.ended_at_s = ended_sweep, record.seq, record.at_s
             for stage, seconds in ended_sweep.seconds.items():
                 state.seconds[stage] = state.seconds.get(stage, 0.0) + seconds
         case ReportWritten() as written:

@@ -52,7 +52,7 @@ def export(
     if form is not None:
         _check_format(form)
     record, home = _find(sweep)
-    trial = _trial(record, number)
+    trial = trial_of(record, number)
     printed: dict[str, Any] = {"sweep": record.id, "trial": trial.number}
     files: list[Path] = []
     if form is not None:
@@ -90,7 +90,12 @@ def _find(sweep: str) -> tuple[SweepRecord, Home]:
         return read_sweep(ledger, ledger.find(sweep).id), home
 
 
-def _trial(record: SweepRecord, number: int | None) -> TrialRecord:
+def trial_of(record: SweepRecord, number: int | None) -> TrialRecord:
+    """The trial that is to be exported: the best one where no number is given.
+
+    Raises:
+        InputError: there is none.
+    """
     if number is None:
         if record.best is None:
             raise InputError(f"an export needs a finished trial; {record.id} is {record.state} and has none")

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from services.auth import NewToken, Scope
 from sweeps.errors import InputError, SweepNotFoundError
-from sweeps.events import QueueMoved, QueueState, SweepCreated
+from sweeps.events import Event, QueueMoved, QueueState, SweepCreated
 from sweeps.ledger import Ledger
 
 OPEN: tuple[QueueState, ...] = ("queued", "starting", "running", "degraded")
@@ -204,16 +204,35 @@ class Store:
             raise KeyTakenError(f"an idempotency key names one request; {submission.key!r} was used before") from error
 
     def move(
-        self, seen: Submission, state: QueueState, reason: str = "", *, by: str = "", audit: AuditEntry | None = None,
+        self,
+        seen: Submission,
+        state: QueueState,
+        reason: str = "",
+        *,
+        by: str = "",
+        audit: AuditEntry | None = None,
+        events: Sequence[Event] = (),
         **changes: Any,
-    ) -> bool:  # fmt: skip
-        """Moves a sweep to a state, and says so in the ledger; False where it is no longer as its mover saw it."""
+    ) -> bool:
+        """Moves a sweep to a state, and says so in the ledger; False where it is no longer as its mover saw it.
+
+        Args:
+            seen: the sweep as the mover saw it.
+            state: where to.
+            reason: why.
+            by: the user who asked for it.
+            audit: for the audit log.
+            events: what else the ledger is told.
+            changes: what else changes of the row.
+        """
         values = changes | {"state": state, "reason": reason, "moved_at_s": time.time()}
         with self._database.writing() as connection:
             if not self._changed(connection, seen, values):
                 return False
+            news = list(events)
             if (state, reason) != (seen.state, seen.reason):
-                self._ledger.append(seen.sweep, [QueueMoved(state=state, reason=reason, by=by)], connection)
+                news.append(QueueMoved(state=state, reason=reason, by=by))
+            self._ledger.append(seen.sweep, news, connection)
             if audit is not None:
                 _enter(connection, audit)
         return True

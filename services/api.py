@@ -1,0 +1,75 @@
+"""The HTTP application: its routes, its guard, and what surrounds them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from lora_core import __version__
+from services import pages, problems, routes
+from services.access import guard
+from services.edge import BodyLimit, SafeHeaders
+from services.metrics import Metrics
+from services.service import Service
+from services.streaming import Hub
+
+
+def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None]] | None = None) -> FastAPI:
+    """Makes the application.
+
+    Args:
+        service: what it serves.
+        hub: where events come from.
+        background: what runs for as long as the application does.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.ensure_future(work()) for work in (hub.run, background) if work is not None]
+        yield
+        hub.close()
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    app = FastAPI(
+        title="lora-sweeps",
+        version=__version__,
+        summary="LoRA hyperparameter sweeps that know alpha is a gauge",
+        dependencies=[Depends(guard)],
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service, app.state.hub, app.state.metrics = service, hub, Metrics(service, hub)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
+    problems.install(app)
+    app.include_router(routes.root)
+    app.include_router(routes.v1)
+    app.include_router(pages.router)
+    app.middleware("http")(app.state.metrics.measure)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(SafeHeaders)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts))
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        components = made["components"]
+        components["schemas"] |= problems.SCHEMAS
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(unused, None)
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        made["security"] = [{"token": []}]
+        made["paths"]["/healthz"]["get"]["security"] = []
+        app.openapi_schema = made
+    return app.openapi_schema

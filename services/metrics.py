@@ -1,0 +1,71 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+from fastapi import Request, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.service import Service
+from services.streaming import Hub
+
+
+class Metrics:
+    """The service's own registry: counts as they come, and looks at the rest when it is asked."""
+
+    def __init__(self, service: Service, hub: Hub) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Looked(service, hub))
+        self._requests = Counter(
+            "lora_sweeps_http_requests", "Answers by route and status.", ["method", "route", "status"], registry=self._registry
+        )
+        self._seconds = Histogram(
+            "lora_sweeps_http_request_seconds", "Time to an answer's first byte.", ["route"], registry=self._registry
+        )
+        self.refused = Counter(
+            "lora_sweeps_refused_tokens", "Requests without a valid token.", registry=self._registry
+        )
+
+    async def measure(self, request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        """Counts and times a request; a middleware."""
+        began_s = time.perf_counter()
+        status = 500
+        try:
+            answer = await call(request)
+            status = answer.status_code
+            return answer
+        finally:
+            # The route and not the path, which has as many values as there are sweeps.
+            route = getattr(request.scope.get("route"), "path", "none")
+            self._requests.labels(request.method if status != 405 else "other", route, status).inc()
+            self._seconds.labels(route).observe(time.perf_counter() - began_s)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' format."""
+        return generate_latest(self._registry)
+
+
+class _Looked(Collector):
+    """What is looked up when it is asked for."""
+
+    def __init__(self, service: Service, hub: Hub) -> None:
+        self._service, self._hub = service, hub
+
+    def collect(self) -> Iterator[Metric]:
+        sweeps = GaugeMetricFamily("lora_sweeps_sweeps", "Sweeps by state.", labels=["state"])
+        for state, count in self._service.store.counts().items():
+            sweeps.add_metric([state], count)
+        yield sweeps
+        hours = GaugeMetricFamily(
+            "lora_sweeps_used_device_hours", "Device-hours of each user within the window.", labels=["user"]
+        )
+        for user, used in self._service.supervisor.used_hours().items():
+            hours.add_metric([user], used)
+        yield hours
+        yield GaugeMetricFamily("lora_sweeps_event_streams", "Listeners to events.", value=self._hub.listeners)
+        trouble = float(bool(self._service.supervisor.trouble))
+        yield GaugeMetricFamily("lora_sweeps_supervisor_trouble", "1 where some drivers cannot be looked at.", value=trouble)

@@ -1,0 +1,107 @@
+"""What goes wrong, as problem details (RFC 9457): a status, words, and the faults of a spec with their lines."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from services.planning import BusyError
+from services.schemas import FaultModel, Problem
+from services.store import KeyTakenError
+from sweeps.errors import InputError, SpecError, StateError, SweepNotFoundError
+from sweeps.secrecy import hide_passwords
+
+_LOG = logging.getLogger("lora_sweeps")
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class RefusedError(InputError):
+    """What was asked for cannot be done now, or not by this user.
+
+    Attributes:
+        status: the HTTP status that says so.
+    """
+
+    def __init__(self, message: str, status: int = HTTPStatus.CONFLICT) -> None:
+        super().__init__(message, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: these statuses come with a problem."""
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": {MEDIA_TYPE: {"schema": _SCHEMA}}}
+        for status in statuses
+    }
+
+
+_SCHEMA = {"$ref": "#/components/schemas/Problem"}
+
+_OF_PROBLEM = Problem.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+SCHEMAS: dict[str, Any] = {**_OF_PROBLEM.pop("$defs"), "Problem": _OF_PROBLEM}
+"""Of a problem, for the OpenAPI document."""
+
+
+def problem(status: int, detail: str, faults: tuple[FaultModel, ...] = (), **headers: str) -> JSONResponse:
+    """The answer that says what went wrong."""
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=hide_passwords(detail), faults=faults)
+    return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Has an application answer every error with a problem."""
+    app.add_exception_handler(InputError, _of_input)
+    app.add_exception_handler(RequestValidationError, _of_request)
+    app.add_exception_handler(HTTPException, _of_http)
+    app.add_exception_handler(Exception, _of_ours)
+
+
+async def _of_input(_request: Request, error: Exception) -> JSONResponse:
+    match error:
+        case SpecError():
+            faults = tuple(
+                FaultModel(path=f.path, line=f.line, required=f.required, found=hide_passwords(f.found), hint=f.hint)
+                for f in error.faults
+            )
+            return problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error), faults)
+        case RefusedError():
+            return problem(error.status, str(error))
+        case SweepNotFoundError():
+            return problem(HTTPStatus.NOT_FOUND, str(error))
+        case BusyError():
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), **{"Retry-After": "10"})
+        case StateError():
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), **{"Retry-After": "5"})
+        case KeyTakenError():
+            return problem(HTTPStatus.CONFLICT, str(error))
+        case _:
+            return problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+
+
+async def _of_request(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+    return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found))
+
+
+async def _of_http(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return problem(error.status_code, str(error.detail), **dict(error.headers or {}))
+
+
+async def _of_ours(request: Request, error: Exception) -> JSONResponse:
+    """A fault of ours: whoever asked learns its number, and the log has the rest."""
+    number = secrets.token_hex(4)
+    _LOG.error("fault %s: %s %s", number, request.method, request.url.path, exc_info=error)
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, f"a fault of the service's own; its log has more at {number}")

@@ -1,0 +1,368 @@
+"""What the service does, whoever asks and however: accept, show, cancel, resume, extend. The routes are `api.py`'s."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from services.auth import Principal
+from services.planning import Planned, Planner, Room
+from services.policy import Places
+from services.problems import RefusedError
+from services.reading import Records
+from services.schemas import Accepted, SweepPage, SweepStatus, SweepSummary
+from services.settings import Settings
+from services.store import DRIVEN, AuditEntry, KeyTakenError, Store, Submission
+from services.supervisor import Supervisor
+from services.views import status, summary
+from sweeps.errors import SweepNotFoundError
+from sweeps.events import QueueState, SweepCreated, SweepExtended
+from sweeps.home import Home
+from sweeps.ledger import Ledger
+from sweeps.plan import Plan, extended
+from sweeps.secrecy import hide_passwords
+from sweeps.spec import SweepSpec
+
+_MOST_SUMMARIES = 4096
+_MOST_PRIORITY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A submission as it came.
+
+    Attributes:
+        text: the spec, YAML or JSON.
+        source: what its file is called, for messages.
+        name: in place of the spec's own; None keeps that.
+        priority: see `Submission`.
+        shared: whether every user may see it.
+        key: the idempotency key; None where there is none.
+        address: where it came from.
+    """
+
+    text: str
+    source: str
+    name: str | None = None
+    priority: int = 0
+    shared: bool = False
+    key: str | None = None
+    address: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """Of all that makes it this order and no other."""
+        own = json.dumps([self.text, self.name, self.priority, self.shared])
+        return hashlib.sha256(own.encode()).hexdigest()
+
+
+class Service:
+    """The verbs, over the parts that do the work."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        home: Home,
+        ledger: Ledger,
+        store: Store,
+        records: Records,
+        planner: Planner,
+        supervisor: Supervisor,
+        *,
+        devices: int,
+        tracking_uri: str,
+    ) -> None:
+        self.settings, self.home, self.ledger, self.store, self.planner = settings, home, ledger, store, planner
+        self.supervisor = supervisor
+        self._records, self._devices, self._tracking_uri = records, devices, tracking_uri
+        self._places = Places(settings.models, settings.data, frozenset(settings.entrypoints))
+        self._summaries: OrderedDict[str, tuple[tuple[int, Submission], SweepSummary]] = OrderedDict()
+        self._statuses: OrderedDict[str, tuple[tuple[int, Submission], SweepStatus]] = OrderedDict()
+        self._keys: dict[tuple[str, str], asyncio.Lock] = {}
+
+    # -- submitting
+
+    async def plan(self, text: str, source: str, *, timed: bool) -> Plan:
+        """What a spec would run here.
+
+        Raises:
+            InputError: it cannot run here; every fault of it.
+        """
+        return Plan.model_validate((await self._planned(text, source, timed=timed)).plan)
+
+    async def submit(self, who: Principal, order: Order) -> tuple[Accepted, bool]:
+        """Takes a sweep into the queue, once it has been planned; also whether it is new.
+
+        Raises:
+            InputError: it cannot run here, or its user may not have it run.
+        """
+        if order.priority > 0 and not who.may("admin"):
+            raise RefusedError("a priority above 0 is before everybody's and takes scope admin", HTTPStatus.FORBIDDEN)
+        async with self._one_at_a_time(who.user, order.key):
+            if order.key and (earlier := await asyncio.to_thread(self.store.by_key, who.user, order.key)):
+                return await asyncio.to_thread(self._accepted_before, earlier, order), False
+            planned = await self._planned(order.text, order.source)
+            try:
+                return await asyncio.to_thread(self._enter, who, order, planned), True
+            except KeyTakenError:  # by another process of the service, in the moment in between
+                earlier = await asyncio.to_thread(self.store.by_key, who.user, order.key or "")
+                assert earlier is not None, "a key that is taken has a row"
+                return await asyncio.to_thread(self._accepted_before, earlier, order), False
+
+    async def _planned(self, text: str, source: str, *, timed: bool = False) -> Planned:
+        room = Room(self._devices, self.settings.most_workers)
+        return await self.planner.plan(text, source, self._places, room, timed=timed)
+
+    @contextlib.asynccontextmanager
+    async def _one_at_a_time(self, user: str, key: str | None) -> AsyncIterator[None]:
+        """Has requests with one idempotency key wait for the first of them."""
+        if key is None:
+            yield
+            return
+        lock = self._keys.setdefault((user, key), asyncio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._keys.pop((user, key), None)
+
+    def _accepted_before(self, earlier: Submission, order: Order) -> Accepted:
+        if earlier.request_sha256 != order.sha256:
+            raise RefusedError(
+                f"an idempotency key names one request; {order.key!r} was used for another one, which became "
+                f"{earlier.sweep}: use a new key",
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+            )
+        with self._records.reading(earlier.sweep) as record:
+            return Accepted(sweep=earlier.sweep, state=earlier.state, reason=earlier.reason, plan=record.plan)
+
+    def _enter(self, who: Principal, order: Order, planned: Planned) -> Accepted:
+        spec, plan = SweepSpec.model_validate(planned.spec), Plan.model_validate(planned.plan)
+        self._check_trials(who.user, plan.trials)
+        name = order.name or spec.name
+        sweep = f"{name}-{secrets.token_hex(3)}"
+        created = SweepCreated(
+            name=name,
+            spec=planned.spec,
+            spec_text=hide_passwords(order.text),
+            source=order.source,
+            plan=planned.plan,
+            tracking_uri=hide_passwords(self._tracking_uri),
+            experiment=spec.tracking.experiment or spec.name,
+            lanes=plan.workers + 1,
+            pack=plan.pack,
+        )
+        submission = Submission(
+            sweep=sweep,
+            owner=who.user,
+            name=name,
+            shared=order.shared,
+            priority=order.priority,
+            devices=planned.devices,
+            trials=plan.trials,
+            submitted_at_s=time.time(),
+            key=order.key,
+            request_sha256=order.sha256,
+        )
+        self.store.submit(submission, created, self._audit(who, "submit", sweep, address=order.address))
+        waits = self.supervisor.decide(self.store.in_states("queued")).reasons.get(sweep, "")
+        return Accepted(sweep=sweep, state="queued", reason=waits, plan=plan)
+
+    def _check_trials(self, user: str, trials: int) -> None:
+        most = self.settings.user_trials
+        if most is None:
+            return
+        if trials > most:
+            raise RefusedError(
+                f"search.trials: required at most {most:,}, which is what one user may have; found {trials:,}: it "
+                "could never run here",
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+            )
+        open_trials = sum(row.trials for row in self.store.in_states("queued", *DRIVEN) if row.owner == user)
+        if open_trials + trials > most:
+            raise RefusedError(
+                f"the unfinished sweeps of {user} may have {most:,} trials together; they have {open_trials:,}, and "
+                f"this one has {trials:,}: wait for one, or cancel one",
+                HTTPStatus.TOO_MANY_REQUESTS,
+            )
+
+    # -- looking
+
+    def find(self, who: Principal, reference: str) -> Submission:
+        """A sweep by its id, its name, or `last`, among those that somebody may see.
+
+        Raises:
+            SweepNotFoundError: there is none, or it is another's.
+        """
+        viewer = None if who.may("admin") else who.user
+        with contextlib.suppress(SweepNotFoundError):
+            row = self.store.get(reference)
+            if viewer is None or row.owner == viewer or row.shared:
+                return row
+        named = self.store.page(viewer=viewer, name=None if reference == "last" else reference, limit=1)
+        if not named:
+            raise SweepNotFoundError(
+                f"a sweep must be named by its id, its name or `last`; found {reference!r}; `list` has yours"
+            )
+        return named[0]
+
+    def own(self, who: Principal, reference: str) -> Submission:
+        """The same, where it is to be changed.
+
+        Raises:
+            RefusedError: it is another's, who only shares it.
+        """
+        row = self.find(who, reference)
+        if row.owner != who.user and not who.may("admin"):
+            raise RefusedError(f"{row.sweep} is {row.owner}'s, who shares the sight of it only", HTTPStatus.FORBIDDEN)
+        return row
+
+    def page(self, who: Principal, after: str | None, limit: int, **only: Any) -> SweepPage:
+        """A page of the sweeps that somebody may see, latest first."""
+        viewer = None if who.may("admin") else who.user
+        rows = self.store.page(viewer=viewer, before=_position(after), limit=limit + 1, **only)
+        shown = rows[:limit]
+        last = self.ledger.last_seqs([row.sweep for row in shown])
+        summaries = tuple(self._summary(row, last.get(row.sweep, 0)) for row in shown)
+        more = f"{shown[-1].submitted_at_s!r}:{shown[-1].sweep}" if len(rows) > limit else None
+        return SweepPage(sweeps=summaries, next=more)
+
+    def status(self, row: Submission) -> SweepStatus:
+        """A sweep by itself."""
+        seq = self.ledger.last_seqs([row.sweep]).get(row.sweep, 0)
+        version = (seq, replace(row, counted_s=0.0))
+        if (kept := self._statuses.get(row.sweep)) is not None and kept[0] == version:
+            return self._with_place(row, kept[1])
+        settings = self.settings
+        with self._records.reading(row.sweep) as record:
+            made = status(record, row, row.state, mlflow_url=settings.mlflow_url, ray_url=settings.ray_address)
+        _keep(self._statuses, row.sweep, (version, made))
+        return self._with_place(row, made)
+
+    def _with_place(self, row: Submission, made: SweepStatus) -> SweepStatus:
+        """With why it waits, which depends on the others."""
+        if row.state != "queued" or row.reason:
+            return made
+        return made.model_copy(update={"reason": self.place(row)})
+
+    def place(self, row: Submission) -> str:
+        """Why a queued sweep waits."""
+        return self.supervisor.decide(self.store.in_states("queued")).reasons.get(row.sweep, "starts now")
+
+    def _summary(self, row: Submission, seq: int) -> SweepSummary:
+        version = (seq, replace(row, counted_s=0.0, used_device_s=0.0))
+        if (kept := self._summaries.get(row.sweep)) is not None and kept[0] == version:
+            return kept[1]
+        with self._records.reading(row.sweep) as record:
+            made = summary(record, row, row.state)
+        _keep(self._summaries, row.sweep, (version, made))
+        return made
+
+    # -- changing
+
+    def cancel(self, who: Principal, row: Submission, address: str) -> Submission:
+        """Ends a sweep in order; one that is being driven is asked, and ends when it has."""
+        audit = self._audit(who, "cancel", row.sweep, address=address)
+        for _ in range(_TRIES):
+            if row.state in ("finished", "failed", "cancelled") or row.wanted == "cancel":
+                return row
+            if row.state in DRIVEN:
+                wanted = {"wanted": "cancel", "wanted_by": who.user, "wanted_at_s": time.time()}
+                done = self.store.note(row, audit=audit, **wanted)
+            else:
+                done = self.store.move(row, "cancelled", by=who.user, audit=audit)
+            row = self.store.get(row.sweep)
+            if done:
+                return row
+        raise RefusedError(f"{row.sweep} changes too fast to be cancelled; try again")
+
+    def resume(self, who: Principal, row: Submission, address: str) -> Submission:
+        """Puts a sweep that was paused, failed or cancelled at the end of the queue again."""
+        if row.state not in ("paused", "failed", "cancelled"):
+            raise RefusedError(f"what is resumed must be paused, failed or cancelled; {row.sweep} is {row.state}")
+        self._check_trials(row.owner, row.trials)
+        return self._queue_again(who, row, self._audit(who, "resume", row.sweep, address=address))
+
+    def extend(self, who: Principal, row: Submission, trials: int, address: str) -> Submission:
+        """Gives a sweep more trials, and queues it again."""
+        if row.state in DRIVEN:
+            raise RefusedError(f"what is extended must not run; {row.sweep} is {row.state}: cancel it first, or wait")
+        with self._records.reading(row.sweep) as record:
+            extended(record.plan, record.spec, trials)  # or it says why not
+        self._check_trials(row.owner, trials)
+        audit = self._audit(who, "extend", row.sweep, detail=f"to {trials} trials", address=address)
+        return self._queue_again(who, row, audit, events=[SweepExtended(trials=trials)], trials=trials)
+
+    def _queue_again(self, who: Principal, row: Submission, audit: AuditEntry, **changes: Any) -> Submission:
+        fresh = {"attempts": 0, "not_before_s": 0.0, "delivering": False, "wanted": "", "wanted_by": ""}
+        if not self.store.move(row, "queued", by=who.user, audit=audit, **fresh, **changes):
+            raise RefusedError(f"{row.sweep} was changed by somebody else at this moment; look again")
+        return self.store.get(row.sweep)
+
+    def _audit(self, who: Principal, action: str, sweep: str, *, detail: str = "", address: str = "") -> AuditEntry:
+        return AuditEntry(who.user, action, sweep, detail, who.token, address)
+
+    # -- files
+
+    def logs(self, row: Submission, *, offset: int | None, most_bytes: int) -> tuple[str, int, int]:
+        """A stretch of the drivers' log from an offset, else its end: the text, where it begins, where to go on.
+
+        Whole lines only, so that no secret is cut in two and shown for it.
+        """
+        path = self.home.logs(row.sweep)
+        if not path.exists():
+            return "", 0, 0
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start = max(0, size - most_bytes) if offset is None else min(offset, size)
+            file.seek(start)
+            raw = file.read(most_bytes)
+        if offset is None and start:
+            cut = raw.find(b"\n") + 1
+            raw, start = raw[cut:], start + cut
+        end = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == most_bytes else 0)
+        return hide_passwords(raw[:end].decode(errors="replace")), start, start + end
+
+    def scratch(self) -> Path:
+        """A directory for what is sent once and then deleted."""
+        path = self.home.path / "scratch"
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+
+_TRIES = 10
+
+
+def _keep(cache: OrderedDict[str, Any], key: str, value: Any) -> None:
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > _MOST_SUMMARIES:
+        cache.popitem(last=False)
+
+
+def _position(after: str | None) -> tuple[float, str] | None:
+    if after is None:
+        return None
+    at_s, _, sweep = after.partition(":")
+    try:
+        return float(at_s), sweep
+    except ValueError:
+        raise RefusedError(
+            f"after must be what a page named as its next; found {after!r}", HTTPStatus.UNPROCESSABLE_ENTITY
+        ) from None
+
+
+def reached(state: QueueState) -> bool:
+    """Whether a sweep has come to an end of some kind."""
+    return state not in ("queued", *DRIVEN)

@@ -271,7 +271,7 @@ def _check_model(root: _Root, name: str, real: str) -> None:
     """Checks that a directory is a whole model that can be read without running anything in it."""
     files = sorted(os.listdir(real))
     if "adapter_config.json" in files:
-        # transformers would put the adapter on the model, and unpickle its weights if they are no safetensors.
+        # transformers would put it on the model unasked, and adapters would be trained on what their model is not.
         hint = "merge the adapter into its model"
         raise _refusal("a model without an adapter", f"adapter_config.json in {name}", hint)
     if "config.json" not in files:

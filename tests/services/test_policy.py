@@ -630,11 +630,11 @@ def maze(tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(name=_NAMES)
-@example("out")
-@example("up/a")
-@example("far/etc")
-@example("%2e%2e/a")
-@example("_/far/../../../a")
+@example(name="out")
+@example(name="up/a")
+@example(name="far/etc")
+@example(name="%2e%2e/a")
+@example(name="_/far/../../../a")
 def test_whatever_passes_lies_under_the_root(name: str, maze: Places) -> None:
     assert maze.models is not None
     root = os.path.realpath(maze.models)

@@ -269,7 +269,10 @@ def _is_data(entry: os.DirEntry[str]) -> bool:
 
 def _check_model(root: _Root, name: str, real: str) -> None:
     """Checks that a directory is a whole model that can be read without running anything in it."""
-    files = sorted(os.listdir(real))
+    try:
+        files = sorted(os.listdir(real))
+    except OSError as error:
+        raise _refusal("a directory that the server can read", f"{name}: {error.strerror}") from None
     if "adapter_config.json" in files:
         # transformers would put it on the model unasked, and adapters would be trained on what their model is not.
         hint = "merge the adapter into its model"

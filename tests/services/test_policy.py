@@ -273,6 +273,22 @@ def test_a_file_is_no_model_and_a_pipe_is_no_data(places: Places, tmp_path: Path
     assert list(faults) == ["task.model", "task.data.train"]
 
 
+def test_a_directory_that_the_server_may_not_read_is_refused(
+    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        # As for a user who is not root, whom no mode of a directory stops.
+        if path == str(tmp_path / "models" / "gpt2"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    fault = _faults(_text(_task("gpt2")), places)["task.model"]
+    assert fault.endswith("required a directory that the server can read; found gpt2: Permission denied")
+
+
 def test_a_directory_of_models_is_no_model(places: Places) -> None:
     assert "found no config.json in team; " in _faults(_text(_task("team")), places)["task.model"]
 

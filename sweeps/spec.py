@@ -10,7 +10,7 @@ a fault in one section hides none in another.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -38,7 +38,16 @@ from sweeps.spec_sections import (
     TrackingSpec,
     TrainSpec,
 )
-from sweeps.spec_tasks import CausalLmTask, DigitsTask, PythonTask, SequenceClassificationTask, Task, in_directory
+from sweeps.spec_tasks import (
+    CausalLmTask,
+    DigitsTask,
+    InDirectory,
+    PythonTask,
+    SequenceClassificationTask,
+    Task,
+    Whereabouts,
+    context_of,
+)
 from sweeps.yaml_text import MAX_BYTES, YamlText, dotted, read_yaml
 
 __all__ = [
@@ -68,6 +77,7 @@ __all__ = [
     "json_schema",
     "load_spec",
     "parse_spec",
+    "spec_of",
     "template",
 ]
 
@@ -309,12 +319,30 @@ def parse_spec(text: str, source: str) -> SpecDocument:
     Raises:
         SpecError: the text is no plain YAML, or no spec; every fault at once, in the order of the lines.
     """
-    yaml = read_yaml(text, source)
+    return spec_of(text, read_yaml(text, source), InDirectory(Path(source).parent.absolute()))
+
+
+def spec_of(text: str, yaml: YamlText, whereabouts: Whereabouts, refused: Iterable[Mistake] = ()) -> SpecDocument:
+    """Makes a spec of a text that was read.
+
+    Args:
+        text: the YAML text as the user wrote it.
+        yaml: its values.
+        whereabouts: what the places in it mean.
+        refused: what is wrong with it beside, told together with the rest, and in place of what else is wrong there.
+
+    Raises:
+        SpecError: it is no spec, or something in it is refused; every fault at once, in the order of the lines.
+    """
+    mistakes = list(refused)
     try:
-        spec = SweepSpec.model_validate(yaml.value, context=in_directory(Path(source).parent))
-        return SpecDocument(spec, text, yaml)
+        spec = SweepSpec.model_validate(yaml.value, context=context_of(whereabouts))
     except ValidationError as error:
-        raise SpecError(source, _faults(mistakes_of(error), yaml)) from None
+        told = {mistake.path for mistake in mistakes}
+        mistakes += [mistake for mistake in mistakes_of(error) if mistake.path not in told]
+    if mistakes:
+        raise SpecError(yaml.source, _faults(mistakes, yaml))
+    return SpecDocument(spec, text, yaml)
 
 
 def _faults(mistakes: list[Mistake], yaml: YamlText) -> tuple[Fault, ...]:

@@ -1,7 +1,9 @@
 """The section `task` of a spec: one model a kind of task. What only the model and the data can tell is `sweeps.tasks`'.
 
-Paths in a section start from the spec's own directory. They are made absolute as the spec is read, because a worker
-has another working directory; a spec that is read again, from the ledger or by a worker, has them so already.
+What a place in a section means is for a `Whereabouts` to say: for a user's own file, a path that starts from the file's
+directory; for a spec that a server was sent, an id under the server's roots (`services/policy.py`). Places are made
+absolute as the spec is read, because a worker has another working directory; a spec that is read again, from the ledger
+or by a worker, has them so already.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -37,24 +40,70 @@ _LOOKS_LIKE_A_PATH = ("/", "./", "../", "~")
 Format = Literal["text", "completion", "messages"]
 
 
-def in_directory(directory: Path) -> dict[str, Any]:
-    """Returns the validation context in which relative paths start from a directory."""
-    return {"directory": directory.absolute()}
+class Whereabouts(Protocol):
+    """What the places mean that a section names; raises what `refuse` makes for one that it will not have."""
+
+    def model(self, name: str) -> str:
+        """A model's directory as an absolute path, or the id of something elsewhere as it is."""
+
+    def data(self, name: str) -> str:
+        """The same for a file or a data set."""
+
+    def code(self, name: str | None) -> str | None:
+        """The directory that a module is found in; None: it must be installed."""
 
 
-def _absolute(name: str, read: ValidationInfo) -> str:
-    """A path made absolute; the id of something elsewhere as it is."""
-    if read.context is None:
-        return name
-    # os.path, for pathlib raises on names too long or unknown users, which are no faults of a kind to die of.
-    path = os.path.normpath(os.path.join(read.context["directory"], os.path.expanduser(name)))
-    # An id is written like a relative path: it is one if it is there, or could be nothing else.
-    is_path = os.path.exists(path) or name.startswith(_LOOKS_LIKE_A_PATH) or name.endswith(DATA_FILES) or name == "."
-    return path if is_path else name
+@dataclass(frozen=True, slots=True)
+class InDirectory:
+    """Relative paths start from a directory, the one that a spec lies in.
+
+    Attributes:
+        directory: absolute.
+    """
+
+    directory: Path
+
+    def model(self, name: str) -> str:
+        """See `Whereabouts`."""
+        # os.path, for pathlib raises on names too long or unknown users, which are no faults of a kind to die of.
+        path = os.path.normpath(os.path.join(self.directory, os.path.expanduser(name)))
+        # An id is written like a relative path: it is one if it is there, or could be nothing else.
+        is_path = os.path.exists(path) or name.startswith(_LOOKS_LIKE_A_PATH) or name.endswith(DATA_FILES)
+        return path if is_path or name == "." else name
+
+    def data(self, name: str) -> str:
+        """See `Whereabouts`."""
+        return self.model(name)
+
+    def code(self, name: str | None) -> str | None:
+        """See `Whereabouts`."""
+        return None if name is None else self.model(name)
+
+
+def context_of(whereabouts: Whereabouts) -> dict[str, Any]:
+    """Returns the validation context in which places mean what somebody says that they mean."""
+    return {"whereabouts": whereabouts}
+
+
+def _model(name: str, read: ValidationInfo) -> str:
+    return name if read.context is None else _whereabouts(read).model(name)
+
+
+def _data(name: str | float, read: ValidationInfo) -> str | float:
+    return name if read.context is None or isinstance(name, float) else _whereabouts(read).data(name)
+
+
+def _code(name: str | None, read: ValidationInfo) -> str | None:
+    return name if read.context is None else _whereabouts(read).code(name)
+
+
+def _whereabouts(read: ValidationInfo) -> Whereabouts:
+    assert read.context is not None
+    whereabouts: Whereabouts = read.context["whereabouts"]
+    return whereabouts
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
-_Place = Annotated[_Text, AfterValidator(_absolute)]
 _Share = Annotated[float, Strict(), Field(gt=0, lt=1)]
 
 
@@ -80,14 +129,17 @@ class DataSource(Section):
     meanings: ClassVar[tuple[str, ...]] = ()
     """What a column of samples can mean."""
 
-    train: _Place = Field(examples=["train.jsonl"])
+    train: Annotated[_Text, AfterValidator(_data)] = Field(examples=["train.jsonl"])
     """A JSONL, JSON, CSV, TSV or Parquet file; or a directory or the id of a data set, as Hugging Face datasets loads
     them."""
     config: _Text | None = None
     """Of a data set with several configurations, the one that is meant."""
     split: _Text = "train"
     """Split of the data set to train on."""
-    eval: Annotated[_Share | _Place, in_one("a share between 0 and 1, a file or a data set")] | None = None
+    # Located outside of the union, in whose words a refused place would be lost.
+    eval: (
+        Annotated[_Share | _Text, in_one("a share between 0 and 1, a file or a data set"), AfterValidator(_data)] | None
+    ) = None
     """What is evaluated on: another file or data set, or the share of train that is held out for it. null: eval_split
     where it is written, else 0.1."""
     eval_split: _Text | None = None
@@ -137,7 +189,7 @@ class ModelTask(Section):
 
     type: str
     """The name of the task."""
-    model: _Place = Field(examples=["./model"])
+    model: Annotated[_Text, AfterValidator(_model)] = Field(examples=["./model"])
     """Directory of a model and its tokenizer, or their id on the Hugging Face hub. Weights are read from safetensors,
     and code that comes with a model is never run."""
     revision: _Text | None = None
@@ -277,8 +329,9 @@ class PythonTask(Section):
     """The name of the task."""
     entrypoint: str = Field(examples=["my_package.my_module:make_task"])
     """package.module:function that makes the task."""
-    path: Annotated[_Text, AfterValidator(_absolute)] = Field(".", validate_default=True)
-    """Directory that the module is found in, unless it is installed; from the spec's own directory."""
+    path: Annotated[_Text | None, AfterValidator(_code)] = Field(".", validate_default=True)
+    """Directory that the module is found in, unless it is installed; from the spec's own directory. null: nowhere but
+    where it is installed."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the function is called with, beside cache, device and dtype."""
     metrics: dict[str, Goal] = Field(_LOSS_ALONE, min_length=1)

@@ -22,13 +22,15 @@ def load_entrypoint(section: PythonTask, *, cache: Path, device: torch.device, d
         TaskError: there is no such function, or what it returns is no task. What it raises itself is let through.
     """
     module_name, _, name = section.entrypoint.partition(":")
-    if section.path not in sys.path:
+    if section.path is not None and section.path not in sys.path:
         sys.path.insert(0, section.path)  # for good: what the module imports later may lie there too
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise  # it is there, and what it imports is not
+        if section.path is None:
+            raise TaskError("entrypoint", "a module that is installed", f"no module {error.name}") from None
         found = f"no module {error.name} there or installed"
         raise TaskError("entrypoint", f"a module in {section.path}", found, "set task.path to its directory") from None
     if not callable(factory := getattr(module, name, None)):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import click
 
 from sweeps.errors import InputError, SweepNotFoundError
 
 if TYPE_CHECKING:
+    from services.schemas import Export
     from sweeps.export.parts import Exported
     from sweeps.home import Home
     from sweeps.records import SweepRecord, TrialRecord
@@ -138,3 +143,48 @@ def _write_trained(
 
 def _unwritable(option: str, directory: Path, error: OSError) -> InputError:
     return InputError(f"{option} must be a directory that can be written; {directory} cannot: {error.strerror}")
+
+
+# -- for those who want it in hand and not on disk ---------------------------------------------------------------------
+
+
+def export_of(record: SweepRecord, trial: TrialRecord, form: str, alpha: str | None, scratch: Path) -> Export:
+    """A trial in a trainer's config format, with the texts of its files.
+
+    Args:
+        record: the sweep.
+        trial: one of its trials.
+        form: name of the format.
+        alpha: a number or a rule; None: that of the trainer's default init.
+        scratch: a directory to write in for a moment.
+
+    Raises:
+        InputError: there is no such format, or it cannot say what was trained.
+    """
+    from services.schemas import Export, Leftover
+    from sweeps.export import FORMATS
+    from sweeps.export.point import ExportPoint
+
+    _check_format(form)
+    with TemporaryDirectory(dir=scratch) as directory:
+        written = FORMATS[form](ExportPoint.of(record, trial, alpha), Path(directory))
+        files = {path.name: path.read_text(encoding="utf-8") for path in written.files}
+    leftovers = tuple(Leftover(name=e.name, value=e.value, warns=e.warns, text=e.text) for e in written.leftovers)
+    return Export(
+        sweep=record.id,
+        trial=trial.number,
+        format=form,
+        alpha=written.alpha,
+        init_scale=written.init_scale,
+        leftovers=leftovers,
+        files=files,
+    )
+
+
+def packed(files: Mapping[str, str]) -> bytes:
+    """Files as a ZIP archive."""
+    archive = BytesIO()
+    with ZipFile(archive, "w", ZIP_DEFLATED) as packing:
+        for name, text in files.items():
+            packing.writestr(name, text)
+    return archive.getvalue()

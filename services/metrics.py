@@ -21,14 +21,15 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(_Looked(service, hub))
         self._requests = Counter(
-            "lora_sweeps_http_requests", "Answers by route and status.", ["method", "route", "status"], registry=self._registry
+            "lora_sweeps_http_requests",
+            "Answers by route and status.",
+            ["method", "route", "status"],
+            registry=self._registry,
         )
         self._seconds = Histogram(
             "lora_sweeps_http_request_seconds", "Time to an answer's first byte.", ["route"], registry=self._registry
         )
-        self.refused = Counter(
-            "lora_sweeps_refused_tokens", "Requests without a valid token.", registry=self._registry
-        )
+        self.refused = Counter("lora_sweeps_refused_tokens", "Requests without a valid token.", registry=self._registry)
 
     async def measure(self, request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
         """Counts and times a request; a middleware."""
@@ -68,4 +69,4 @@ class _Looked(Collector):
         yield hours
         yield GaugeMetricFamily("lora_sweeps_event_streams", "Listeners to events.", value=self._hub.listeners)
         trouble = float(bool(self._service.supervisor.trouble))
-        yield GaugeMetricFamily("lora_sweeps_supervisor_trouble", "1 where some drivers cannot be looked at.", value=trouble)
+        yield GaugeMetricFamily("lora_sweeps_supervisor_trouble", "1 where drivers cannot be looked at.", value=trouble)

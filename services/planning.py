@@ -99,7 +99,7 @@ class Planner:
 
     def close(self) -> None:
         """Ends the processes, at once."""
-        self._pool.stop()
+        self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
     async def _do(self, work: Callable[..., _T], *arguments: Any) -> _T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -53,10 +54,12 @@ SCHEMAS: dict[str, Any] = {**_OF_PROBLEM.pop("$defs"), "Problem": _OF_PROBLEM}
 """Of a problem, for the OpenAPI document."""
 
 
-def problem(status: int, detail: str, faults: tuple[FaultModel, ...] = (), **headers: str) -> JSONResponse:
+def problem(
+    status: int, detail: str, faults: tuple[FaultModel, ...] = (), headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """The answer that says what went wrong."""
     body = Problem(title=HTTPStatus(status).phrase, status=status, detail=hide_passwords(detail), faults=faults)
-    return JSONResponse(body.model_dump(), status, headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body.model_dump(), status, dict(headers or {}), media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -80,9 +83,9 @@ async def _of_input(_request: Request, error: Exception) -> JSONResponse:
         case SweepNotFoundError():
             return problem(HTTPStatus.NOT_FOUND, str(error))
         case BusyError():
-            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), **{"Retry-After": "10"})
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "10"})
         case StateError():
-            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), **{"Retry-After": "5"})
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "5"})
         case KeyTakenError():
             return problem(HTTPStatus.CONFLICT, str(error))
         case _:
@@ -97,7 +100,7 @@ async def _of_request(_request: Request, error: Exception) -> JSONResponse:
 
 async def _of_http(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return problem(error.status_code, str(error.detail), **dict(error.headers or {}))
+    return problem(error.status_code, str(error.detail), headers=error.headers)
 
 
 async def _of_ours(request: Request, error: Exception) -> JSONResponse:

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict
 from starlette.background import BackgroundTask
 
 from services.access import Admin, Events, Reader, Served, Submitter, address_of
-from services.exporting import export_of, packed
+from services.exporting import packed
 from services.problems import answers
 from services.schemas import (
     Accepted,
@@ -25,11 +24,12 @@ from services.schemas import (
     LogPart,
     SweepPage,
     SweepStatus,
+    Translate,
 )
-from services.service import Order, Service
-from services.translating import as_object
-from services.views import finite, utc
-from sweeps.best import Best, best_point
+from services.service import Order
+from services.translating import as_object, translation_of
+from services.views import utc
+from sweeps.best import Best
 from sweeps.errors import InputError
 from sweeps.events import QueueState
 from sweeps.plan import Plan
@@ -111,7 +111,9 @@ def openapi(request: Request, _who: Reader) -> JSONResponse:
 v1 = APIRouter(prefix="/v1", tags=["sweeps"])
 
 
-@v1.post("/sweeps", operation_id="submit", status_code=201, responses=_POST | {200: {"model": Accepted}}, openapi_extra=_SPEC)
+@v1.post(
+    "/sweeps", operation_id="submit", status_code=201, responses=_POST | {200: {"model": Accepted}}, openapi_extra=_SPEC
+)
 async def submit(
     request: Request,
     response: Response,
@@ -121,9 +123,9 @@ async def submit(
     priority: Annotated[int, Query(ge=-100, le=100, description="Above 0: before everybody's; scope admin.")] = 0,
     shared: Annotated[bool, Query(description="Whether every user may see the sweep.")] = False,
     source: Source = "spec",
-    idempotency_key: Annotated[str | None, Header(pattern=_KEY, description="Names the request: sent again, it changes nothing.")] = None,
+    idempotency_key: Annotated[str | None, Header(pattern=_KEY, description="Sent again, it changes nothing.")] = None,
 ) -> Accepted:
-    """Submit a sweep: it is validated and planned first, and queued if it can run. 200: it had been submitted before."""
+    """Submit a sweep: it is validated and planned first, and queued if it can run. 200: it had been submitted."""
     text = await _text(request)
     order = Order(text, source, name, priority, shared, idempotency_key, address_of(request))
     accepted, new = await service.submit(who, order)
@@ -244,10 +246,13 @@ def export(
     who: Reader,
     service: Served,
     format: Annotated[Form, Query(description="The trainer.")],
-    alpha: Annotated[str | None, Query(max_length=64, description="A number or a rule (`2*rank`); default: that of the trainer's default init.")] = None,
+    alpha: Annotated[
+        str | None,
+        Query(max_length=64, description="A number or a rule; else that of its default init."),
+    ] = None,
     trial: Annotated[int | None, Query(ge=0, le=2**31, description="This trial and not the best one.")] = None,
 ) -> Any:
-    """The best point in a trainer's config format: as JSON with the files' texts, or (Accept: application/zip) packed."""
+    """The best point in a trainer's config format: JSON with the files' texts, or (Accept: application/zip) packed."""
     exported = service.export(service.find(who, sweep), format, alpha, trial)
     if "application/zip" in request.headers.get("accept", ""):
         name = f"{exported.sweep}-{format}.zip"
@@ -276,7 +281,9 @@ async def adapter(
     except BaseException:
         archive.unlink(missing_ok=True)
         raise
-    return FileResponse(archive, media_type="application/zip", headers=_attached(f"{row.sweep}-adapter.zip"), background=gone)
+    return FileResponse(
+        archive, media_type="application/zip", headers=_attached(f"{row.sweep}-adapter.zip"), background=gone
+    )
 
 
 def _attached(name: str) -> dict[str, str]:
@@ -298,33 +305,10 @@ async def plan(
     return await service.plan(await _text(request), source, timed=timed)
 
 
-class TranslateRequest(BaseModel):
-    """A training run, and the alpha, scaling, lr or init scale that it is to be written with."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    optimizer: str | None = None
-    rank: int | None = None
-    alpha: str | float | None = None
-    lr: float | None = None
-    lr_ratio: float = 1.0
-    init_scale: float = 1.0
-    weight_decay: float | None = None
-    clip_norm: float | None = None
-    rslora: bool = False
-    constants: dict[str, float] = {}
-    preset: str | None = None
-    to_alpha: str | float | None = None
-    to_scaling: float | None = None
-    to_lr: float | None = None
-    to_init_scale: float | None = None
-    to_rslora: bool | None = None
-
-
 @v1.post("/translate", operation_id="translate", responses=answers(401, 403, 413, 422, 503), tags=["specs"])
-def translate(asked: TranslateRequest, _who: Reader) -> dict[str, Any]:
+def translate(asked: Translate, _who: Reader) -> dict[str, Any]:
     """A training run with another alpha, lr or init scale: the same run."""
-    return as_object(Service.translate(asked.model_dump()))
+    return as_object(translation_of(asked))
 
 
 @v1.get("/schema", operation_id="schema", responses=answers(401, 403), tags=["specs"])

@@ -183,3 +183,24 @@ class Health(_Answer):
 
     status: Literal["ok", "not ready"]
     reason: str = ""
+
+
+class Translate(_Answer):
+    """A training run, and the alpha, scaling, lr or init scale that it is to be written with."""
+
+    optimizer: str | None = None
+    rank: int | None = None
+    alpha: str | float | None = None
+    lr: float | None = None
+    lr_ratio: float = 1.0
+    init_scale: float = 1.0
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    rslora: bool = False
+    constants: dict[str, float] = {}
+    preset: str | None = None
+    to_alpha: str | float | None = None
+    to_scaling: float | None = None
+    to_lr: float | None = None
+    to_init_scale: float | None = None
+    to_rslora: bool | None = None

@@ -16,25 +16,30 @@ from pathlib import Path
 from typing import Any
 
 from services.auth import Principal
+from services.exporting import export_of, trial_of
 from services.planning import Planned, Planner, Room
-from services.policy import Places
+from services.policy import Places, with_ids
 from services.problems import RefusedError
 from services.reading import Records
-from services.schemas import Accepted, SweepPage, SweepStatus, SweepSummary
+from services.schemas import Accepted, Export, SweepPage, SweepStatus, SweepSummary
 from services.settings import Settings
 from services.store import DRIVEN, AuditEntry, KeyTakenError, Store, Submission
 from services.supervisor import Supervisor
-from services.views import status, summary
-from sweeps.errors import SweepNotFoundError
-from sweeps.events import QueueState, SweepCreated, SweepExtended
+from services.views import finite, status, summary
+from sweeps.best import Best, best_point
+from sweeps.errors import InputError, SweepNotFoundError
+from sweeps.events import SweepCreated, SweepExtended
 from sweeps.home import Home
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, extended
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
 
-_MOST_SUMMARIES = 4096
-_MOST_PRIORITY = 100
+_MOST_SUMMARIES, _MOST_STATUSES, _MOST_REPORTS = 4096, 256, 16
+"""Answers that are kept until something happens to their sweep."""
+
+
+_MOST_SILENT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +89,13 @@ class Service:
     ) -> None:
         self.settings, self.home, self.ledger, self.store, self.planner = settings, home, ledger, store, planner
         self.supervisor = supervisor
+        self.looked_at_s = time.monotonic()
+        """When the queue was looked after last."""
         self._records, self._devices, self._tracking_uri = records, devices, tracking_uri
         self._places = Places(settings.models, settings.data, frozenset(settings.entrypoints))
         self._summaries: OrderedDict[str, tuple[tuple[int, Submission], SweepSummary]] = OrderedDict()
         self._statuses: OrderedDict[str, tuple[tuple[int, Submission], SweepStatus]] = OrderedDict()
+        self._reports: OrderedDict[str, tuple[int, str]] = OrderedDict()
         self._keys: dict[tuple[str, str], asyncio.Lock] = {}
 
     # -- submitting
@@ -199,6 +207,15 @@ class Service:
 
     # -- looking
 
+    def unready(self) -> str:
+        """Why the service cannot do its work; empty where it can."""
+        try:
+            self.store.counts()
+        except InputError as error:
+            return str(error)
+        silent_s = time.monotonic() - self.looked_at_s
+        return "" if silent_s < _MOST_SILENT_S else f"nobody has looked after the queue for {silent_s:.0f} s"
+
     def find(self, who: Principal, reference: str) -> Submission:
         """A sweep by its id, its name, or `last`, among those that somebody may see.
 
@@ -247,7 +264,7 @@ class Service:
         settings = self.settings
         with self._records.reading(row.sweep) as record:
             made = status(record, row, row.state, mlflow_url=settings.mlflow_url, ray_url=settings.ray_address)
-        _keep(self._statuses, row.sweep, (version, made))
+        _keep(self._statuses, row.sweep, (version, made), most=_MOST_STATUSES)
         return self._with_place(row, made)
 
     def _with_place(self, row: Submission, made: SweepStatus) -> SweepStatus:
@@ -266,8 +283,42 @@ class Service:
             return kept[1]
         with self._records.reading(row.sweep) as record:
             made = summary(record, row, row.state)
-        _keep(self._summaries, row.sweep, (version, made))
+        _keep(self._summaries, row.sweep, (version, made), most=_MOST_SUMMARIES)
         return made
+
+    # -- results
+
+    def best(self, row: Submission) -> Best:
+        """The best point.
+
+        Raises:
+            SweepNotFoundError: no trial has finished yet.
+        """
+        with self._records.reading(row.sweep) as record:
+            found = finite(best_point(record))
+        if found is None:
+            raise SweepNotFoundError(f"a best point needs a finished trial; {row.sweep} is {row.state} and has none")
+        return found
+
+    def export(self, row: Submission, form: str, alpha: str | None, trial: int | None) -> Export:
+        """A point in a trainer's config format."""
+        with self._records.reading(row.sweep) as record:
+            made = export_of(record, trial_of(record, trial), form, alpha, self.scratch())
+        return made.model_copy(update={"files": {name: self._shown(text) for name, text in made.files.items()}})
+
+    async def report(self, row: Submission, form: str) -> str:
+        """The collapse report, as `json`, `md` or `html`."""
+        version = (await asyncio.to_thread(self.ledger.last_seqs, [row.sweep])).get(row.sweep, 0)
+        key = f"{row.sweep} {form}"
+        if (kept := self._reports.get(key)) is not None and kept[0] == version:
+            return kept[1]
+        text = self._shown(await self.planner.report(row.sweep, form))
+        _keep(self._reports, key, (version, text), most=_MOST_REPORTS)
+        return text
+
+    def _shown(self, text: str) -> str:
+        """A text in which models and data go by the names that their users gave them."""
+        return with_ids(hide_passwords(text), self._places)
 
     # -- changing
 
@@ -305,7 +356,7 @@ class Service:
         return self._queue_again(who, row, audit, events=[SweepExtended(trials=trials)], trials=trials)
 
     def _queue_again(self, who: Principal, row: Submission, audit: AuditEntry, **changes: Any) -> Submission:
-        fresh = {"attempts": 0, "not_before_s": 0.0, "delivering": False, "wanted": "", "wanted_by": ""}
+        fresh: dict[str, Any] = {"attempts": 0, "not_before_s": 0.0, "delivering": False, "wanted": "", "wanted_by": ""}
         if not self.store.move(row, "queued", by=who.user, audit=audit, **fresh, **changes):
             raise RefusedError(f"{row.sweep} was changed by somebody else at this moment; look again")
         return self.store.get(row.sweep)
@@ -344,11 +395,12 @@ class Service:
 _TRIES = 10
 
 
-def _keep(cache: OrderedDict[str, Any], key: str, value: Any) -> None:
+def _keep(cache: OrderedDict[str, Any], key: str, value: Any, *, most: int) -> None:
+    """Puts a value into a cache. Safe in several threads: each step is one operation of a dictionary."""
     cache[key] = value
-    cache.move_to_end(key)
-    while len(cache) > _MOST_SUMMARIES:
-        cache.popitem(last=False)
+    if len(cache) > most:
+        with contextlib.suppress(KeyError):
+            cache.popitem(last=False)
 
 
 def _position(after: str | None) -> tuple[float, str] | None:
@@ -361,8 +413,3 @@ def _position(after: str | None) -> tuple[float, str] | None:
         raise RefusedError(
             f"after must be what a page named as its next; found {after!r}", HTTPStatus.UNPROCESSABLE_ENTITY
         ) from None
-
-
-def reached(state: QueueState) -> bool:
-    """Whether a sweep has come to an end of some kind."""
-    return state not in ("queued", *DRIVEN)

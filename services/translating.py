@@ -12,6 +12,7 @@ from sweeps.errors import InputError
 if TYPE_CHECKING:
     from lora_core.laws import Constant
     from lora_core.presets import Preset
+    from services.schemas import Translate
     from sweeps.translate import Run, Translation
 
 
@@ -149,6 +150,21 @@ def _preset(name: str) -> Preset:
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def translation_of(asked: Translate) -> Translation:
+    """What was asked for over HTTP."""
+    from sweeps.translate import Run, Target, Written
+    from sweeps.translate import translate as write_anew
+
+    given = asked.model_dump()
+    targets = {name.removeprefix("to_"): given.pop(name) for name in list(given) if name.startswith("to_")}
+    if all(value is None for value in targets.values()):
+        raise InputError(
+            "translate needs a target: to_alpha, to_scaling, to_lr, to_init_scale or to_rslora; found none"
+        )
+    name = given.pop("preset")
+    return write_anew(Run.of(Written(**given, preset=None if name is None else _preset(name))), Target(**targets))
 
 
 def as_object(translation: Translation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from services import auth
 from services.auth import Principal, Scope
 from services.service import Service
+from services.store import Store, TokenRow
 from services.streaming import Hub
 
 COOKIE = "lora_sweeps_token"
@@ -31,7 +32,7 @@ async def guard(request: Request) -> None:
         return
     shown = await _shown_token(request)
     service: Service = request.app.state.service
-    who = None if shown is None else await run_in_threadpool(principal_of, service, shown)
+    who = None if shown is None else await run_in_threadpool(principal_of, service.store, shown)
     if who is None:
         request.app.state.metrics.refused.inc()
         raise HTTPException(
@@ -42,16 +43,20 @@ async def guard(request: Request) -> None:
     request.state.who = who
 
 
-def principal_of(service: Service, text: str) -> Principal | None:
+def principal_of(store: Store, text: str) -> Principal | None:
     """Who holds a token; None where it opens nothing."""
+    row = row_of(store, text)
+    return None if row is None else Principal(row.user, row.scope, row.id)
+
+
+def row_of(store: Store, text: str) -> TokenRow | None:
+    """The row of a token that is valid now."""
     if (parts := auth.split(text)) is None:
         return None
-    row = service.store.token(parts[0])
+    row = store.token(parts[0])
     # A hash is compared for an unknown id too: an answer takes as long for it.
     right = auth.matches(parts[1], row.sha256 if row else "0" * 64)
-    if row is None or not right or not row.valid(time.time()):
-        return None
-    return Principal(row.user, row.scope, row.id)
+    return row if row is not None and right and row.valid(time.time()) else None
 
 
 async def _shown_token(request: Request) -> str | None:

@@ -14,7 +14,9 @@ import click
 
 from lora_core import __version__
 from services.certifying import certify
+from services.driving import drive
 from services.exporting import export
+from services.serving import serve
 from services.translating import translate
 from sweeps.errors import InputError, SpecError, SweepNotFoundError
 
@@ -181,6 +183,12 @@ def best(sweep: str, as_json: bool) -> None:
 
 
 cli.add_command(certify)
+
+
+cli.add_command(drive)
+
+
+cli.add_command(serve)
 
 
 cli.add_command(export)

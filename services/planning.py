@@ -80,6 +80,10 @@ class Planner:
             max_workers=processes, max_tasks=_TASKS_A_PROCESS, initializer=_prepare, context=context
         )
 
+    async def devices(self) -> int:
+        """GPUs of this machine, or cores where there are none."""
+        return await self._do(_devices)
+
     async def plan(self, text: str, source: str, places: Places, room: Room, *, timed: bool = False) -> Planned:
         """Reads a submitted spec, and plans it.
 
@@ -125,6 +129,12 @@ class Planner:
 def _prepare() -> None:
     os.nice(5)  # whoever only asks how a sweep is getting on goes first
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
 def _plan(text: str, source: str, places: Places, room: Room, timed: bool, home: Home) -> Planned:

@@ -1,9 +1,13 @@
-"""`lora-sweeps serve`: puts the parts of the service together, and runs them."""
+"""`lora-sweeps serve`: puts the parts of the service together, and runs them until it is told to stop."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import getpass
 import logging
+import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -16,9 +20,14 @@ import click
 from sweeps.errors import InputError, StateError
 
 if TYPE_CHECKING:
+    from services.mlflow_server import MlflowServer
+    from services.planning import Planner
+    from services.runner import Runner
+    from services.service import Service
     from services.settings import Settings
     from services.store import Store
     from sweeps.home import Home
+    from sweeps.ledger import Ledger
 
 _LOG = logging.getLogger("lora_sweeps")
 
@@ -41,28 +50,24 @@ _SHUTDOWN_S = 5
 def serve(**options: Any) -> None:
     """Run the service: people submit sweeps to it, and it queues and runs them.
 
-    Everything that can be set is in docs/service.md, as variables LORA_SWEEPS_*.
+    All that can be set is in docs/service.md, as variables LORA_SWEEPS_*.
     """
     from services.settings import read_settings
+    from services.store import Store
     from sweeps.home import Home
 
-    settings = read_settings(options)
-    home = Home.open()
+    settings, home = read_settings(options), Home.open()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     with _alone(home), home.ledger() as ledger:
-        from services.store import Store
-
         store = Store(ledger)
         _check_exposure(settings, store)
-        with _mlflow(settings, home) as mlflow, _listening(settings) as listener:
+        with _listening(settings) as listener, _mlflow(settings, home) as mlflow:
             url = f"{'https' if settings.tls_certificate else 'http'}://{_named(listener)}"
-            first = _first_token(store, home, url)
-            service, supervisor, environment = _assemble(settings, home, ledger, store, mlflow)
-            _say(service, url, first, mlflow)
-            try:
-                _run(service, supervisor, settings, listener, mlflow)
-            finally:
-                service.planner.close()
+            _say_first_token(store, home, url)
+            with _planner(settings, home) as planner:
+                service = _assemble(settings, home, ledger, store, planner, mlflow)
+                click.echo(f"serving {url}; state in {home.path}; Ctrl-C stops it, and not the sweeps", err=True)
+                _run(service, settings, listener, mlflow)
         _say_what_goes_on(store)
 
 
@@ -77,8 +82,8 @@ def _check_exposure(settings: Settings, store: Store) -> None:
         )
     if settings.tls_certificate is None and not settings.behind_proxy:
         raise InputError(
-            f"beyond loopback tokens must not travel in clear; found {settings.host} without TLS: set --tls-certificate "
-            "and --tls-key, or --behind-proxy where a proxy in front has it"
+            f"beyond loopback tokens must not travel in clear; found {settings.host} without TLS: set "
+            "--tls-certificate and --tls-key, or --behind-proxy where a proxy in front has it"
         )
 
 
@@ -99,8 +104,9 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
+        where = f"{settings.host} port {settings.port}"
         raise InputError(
-            f"the service must be able to listen on {settings.host} port {settings.port}; it cannot: {error}; set --port"
+            f"the service must be able to listen on {where}; it cannot: {error}; choose another --host or --port"
         ) from None
     with listener:
         yield listener
@@ -109,3 +115,144 @@ def _listening(settings: Settings) -> Iterator[socket.socket]:
 def _named(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _say_first_token(store: Store, home: Home, url: str) -> None:
+    """Lets whoever has the state directory use the service on this machine without further ado."""
+    from services import credentials
+    from services.access import row_of
+    from services.auth import make_token
+    from services.store import AuditEntry
+
+    path = home.path / "tokens"
+    saved = [text for text in credentials.read(path).values() if row_of(store, text) is not None]
+    if saved:
+        credentials.save(path, url, saved[0])
+    elif not any(row.valid(time.time()) for row in store.tokens()):
+        user, token = _own_name(), make_token()
+        made = AuditEntry(user, "token create", detail=f"{token.id} for {user}, scope admin: the first one")
+        store.add_token(token, user=user, scope="admin", note="the first one", expires_at_s=None, audit=made)
+        credentials.save(path, url, token.text)
+        click.echo(f"made a first token, scope admin, for {user}: {path} (mode 0600)", err=True)
+
+
+def _own_name() -> str:
+    """The name that the system has for us, as far as it can be a user's here."""
+    from services.auth import is_user_name
+
+    try:
+        name = re.sub(r"[^A-Za-z0-9._@-]", "-", getpass.getuser())
+    except (KeyError, OSError):  # a user id without a name, as in containers
+        name = "admin"
+    return name if is_user_name(name) else "admin"
+
+
+@contextmanager
+def _mlflow(settings: Settings, home: Home) -> Iterator[MlflowServer | None]:
+    if not settings.with_mlflow:
+        yield None
+        return
+    from services.mlflow_server import MlflowServer
+
+    click.echo(f"starting MLflow on port {settings.mlflow_port}", err=True)
+    server = MlflowServer(home, port=settings.mlflow_port)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _planner(settings: Settings, home: Home) -> Iterator[Planner]:
+    from services.planning import Planner
+
+    planner = Planner(home, processes=settings.planners, limit_s=settings.planning_s)
+    try:
+        yield planner
+    finally:
+        planner.close()
+
+
+def _assemble(
+    settings: Settings, home: Home, ledger: Ledger, store: Store, planner: Planner, mlflow: MlflowServer | None
+) -> Service:
+    from services.queue import Rules
+    from services.reading import Records
+    from services.service import Service
+    from services.supervisor import Policy, Supervisor
+    from sweeps.tracking_address import absolute_uri, default_uri
+
+    given = settings.tracking_uri.get_secret_value() if settings.tracking_uri else os.environ.get("MLFLOW_TRACKING_URI")
+    uri = absolute_uri(mlflow.uri if mlflow else given or default_uri(home.path))
+    devices = settings.devices or asyncio.run(planner.devices())
+    rules = Rules(devices, settings.user_running, settings.user_device_hours, settings.weights)
+    policy = Policy(rules, window_s=settings.window_hours * 3600, cancel_s=settings.cancel_s)
+    records = Records(ledger)
+    supervisor = Supervisor(store, ledger, records, _runner(settings, home, uri), policy)
+    return Service(settings, home, ledger, store, records, planner, supervisor, devices=devices, tracking_uri=uri)
+
+
+def _runner(settings: Settings, home: Home, uri: str) -> Runner:
+    if settings.ray_address is None:
+        from services.runner import LocalRunner
+
+        # What is trained lies under the administrator's roots: nothing is fetched from a hub.
+        return LocalRunner(home, {"MLFLOW_TRACKING_URI": uri, "HF_HUB_OFFLINE": "1"})
+    if settings.devices is None:
+        raise InputError("on a cluster --devices must say how many GPUs all sweeps together may use; found none")
+    from services.ray_jobs import RayJobsRunner
+
+    return RayJobsRunner(settings.ray_address, home)
+
+
+def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: MlflowServer | None) -> None:
+    import uvicorn
+
+    from services.api import make_app
+    from services.streaming import Hub
+
+    hub = Hub(service.ledger)
+    server: uvicorn.Server | None = None
+
+    async def look_after() -> None:
+        assert server is not None
+        while not server.should_exit:
+            await asyncio.to_thread(_look, service, mlflow)
+            await asyncio.sleep(_TICK_S)
+        hub.close()  # else its listeners would keep the server up
+
+    config = uvicorn.Config(
+        make_app(service, hub, look_after),
+        log_level="warning",
+        proxy_headers=settings.behind_proxy,
+        forwarded_allow_ips="*" if settings.behind_proxy else None,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+
+
+def _look(service: Service, mlflow: MlflowServer | None) -> None:
+    """Looks after the queue, and after MLflow; whatever goes wrong is tried again at the next look."""
+    try:
+        service.supervisor.tick()
+        service.looked_at_s = time.monotonic()
+        if mlflow is not None:
+            mlflow.check()
+    except Exception:
+        _LOG.exception("the queue could not be looked after; tried again")
+
+
+def _say_what_goes_on(store: Store) -> None:
+    from services.store import DRIVEN
+
+    going = [row.sweep for row in store.in_states(*DRIVEN)]
+    if going:
+        click.echo(
+            f"stopped; {', '.join(going)} go on without the service, which finds them again when it is started",
+            err=True,
+        )

@@ -20,7 +20,7 @@ import click
 from sweeps import tracking
 from sweeps.collapse import Certificate
 from sweeps.driver import Outcome
-from sweeps.events import Event, JobEnded, JobStarted, RungReported, TrialAsked, TrialTold
+from sweeps.events import Event, JobEnded, JobStarted, RungReported, SweepExtended, TrialAsked, TrialTold
 from sweeps.export import FORMATS
 from sweeps.home import Home
 from sweeps.interrupts import Interrupted, Interrupts
@@ -76,6 +76,8 @@ class Watcher:
                     self._train_s += event.train_s
                 case JobStarted() if event.work == "certify":
                     self._certificates += 1
+                case SweepExtended():
+                    self._certificates = 0  # trials come first again
                 case _:
                     pass
         now_s = time.monotonic()

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 
 from sweeps.events import (
     DriverStarted,
     JobEnded,
     JobStarted,
+    QueueMoved,
     RungReported,
     SweepEnded,
     SweepExtended,
     TrialAsked,
     TrialTold,
 )
+from sweeps.ledger import Ledger
+from sweeps.tracking import default_uri
 from tests.conftest import FinishedSweep
 from tests.support import record_of, run_cli, run_json, trajectory_of
 from tests.sweeps.mlflow_support import runs_of
@@ -312,10 +318,79 @@ def test_replaying_an_extension_appends_nothing():
 def test_results_that_were_not_applied_when_a_spent_sweep_was_killed_are_told_with_the_extension():
     simulation = Simulation(spec_of(certify="classes: 0"), trials=8, rungs=(16,), pack=4, lanes=2)
     searcher = simulation.searcher()
-    for order in [searcher.suggest(), searcher.suggest()]:
+    for order in reversed([searcher.suggest(), searcher.suggest()]):
         searcher.complete(FakeWorker()(order))
     simulation.searcher(resumed=True, extend_to=12)
-    kinds = [type(event) for event in simulation.transactions[-1]]
-    assert kinds == [SweepExtended, *[TrialTold] * 8, DriverStarted]
+    first, *told, last = simulation.transactions[-1]
+    assert (first, last) == (SweepExtended(trials=12), DriverStarted(resumed=True))
+    assert [event.trial for event in told] == list(range(8))  # in the order of the jobs, not of their results
     simulation.run(FakeWorker(), resumed=True)
     assert_whole(simulation, 12)
+
+
+# -- for real ----------------------------------------------------------------------------------------------------------
+
+
+def moved(finished: FinishedSweep, cwd: Path) -> Path:
+    """A finished sweep's working directory, with all that it says of itself, elsewhere: other tests count there."""
+    shutil.copytree(finished.cwd, cwd)
+    places = [("events", "payload"), ("experiments", "artifact_location"), ("runs", "artifact_uri")]
+    for database, (table, column) in zip((".lora-sweeps/ledger.db", "mlflow.db", "mlflow.db"), places, strict=True):
+        with closing(sqlite3.connect(cwd / database)) as connection, connection:
+            connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(finished.cwd), str(cwd)))
+    return cwd
+
+
+def children_of(cwd: Path, sweep: str) -> Counter[str]:
+    """MLflow's runs of a sweep, by role; there is one parent, and it has them all."""
+    client = MlflowClient(tracking_uri=default_uri(cwd))
+    runs = runs_of(client, "small", sweep)
+    (parent,) = [run for run in runs if run.data.tags["lora_sweeps.role"] == "sweep"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["lora_sweeps.trials"] == str(len(record_of(cwd, sweep).trained))
+    children = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert "RUNNING" not in {run.info.status for run in children}
+    return Counter(run.data.tags["lora_sweeps.role"] for run in children)
+
+
+def test_a_finished_sweep_trains_the_trials_that_were_added_and_no_others(finished: FinishedSweep, tmp_path: Path):
+    cwd = moved(finished, tmp_path / "copy")
+    before = record_of(cwd)
+    twins = children_of(cwd, before.id)["twin"]
+    assert children_of(cwd, before.id) == {"trial": 24, "twin": twins}
+
+    refused = run_cli("run", "--resume", "last", "--trials", "24", cwd=cwd)
+    assert refused.returncode == 2
+    assert "there must be more than the 24 that the sweep has already; found 24" in refused.stderr
+    assert record_of(cwd).last_seq == before.last_seq
+
+    output = run_json("run", "--resume", "last", "--trials", "32", "--json", cwd=cwd)
+    after = record_of(cwd)
+    assert (output["sweep"], output["state"]) == (before.id, "finished")
+    assert sum(output["trials"].values()) == len(after.trained) == 32
+    assert {n: trial for n, trial in trajectory_of(after).items() if n < 24} == trajectory_of(before)
+    assert {n: job for n, job in after.jobs_ended.items() if n in before.jobs_ended} == before.jobs_ended
+    added = [job for n, job in after.jobs_started.items() if n not in before.jobs_started]
+    assert {trial for job in added for trial in job.trials} == set(range(24, 32))
+    assert after.certificates == before.certificates
+    report = run_json("report", "last", "--format", "json", cwd=cwd)
+    assert (report["plan"]["trials"], len(report["trials"]), sum(report["counts"].values())) == (32, 32, 32)
+    assert children_of(cwd, before.id) == {"trial": 32, "twin": twins}
+
+
+def test_a_sweep_that_was_created_and_never_driven_begins_when_it_is_resumed(finished: FinishedSweep, tmp_path: Path):
+    created = record_of(finished.cwd).created.model_copy(update={"tracking_uri": default_uri(tmp_path)})
+    (tmp_path / ".lora-sweeps").mkdir(mode=0o700)
+    with Ledger.in_directory(tmp_path / ".lora-sweeps") as ledger:
+        ledger.create("waiting", created)
+        ledger.append("waiting", [QueueMoved(state="queued")])
+    assert record_of(tmp_path).state == "queued"
+    output = run_json("run", "--resume", "waiting", "--json", cwd=tmp_path)
+    assert output["state"] == "finished"
+    assert output["best"]["value"] == finished.output["best"]["value"]
+    assert trajectory_of(record_of(tmp_path)) == trajectory_of(record_of(finished.cwd))
+    with Ledger.in_directory(tmp_path / ".lora-sweeps") as ledger:
+        events = [record.event for record in ledger.read("waiting")]
+    assert [event for event in events if isinstance(event, DriverStarted)] == [DriverStarted(resumed=False)]
+    assert children_of(tmp_path, "waiting")["trial"] == 24

@@ -42,8 +42,11 @@ def cli() -> None:
 @click.option("--name", help="Name of the sweep, in place of the spec's own.")
 @click.option("--address", help="A running Ray cluster: HOST:PORT or auto. Without it one is started on this machine.")
 @click.option("--resume", metavar="SWEEP", help="Go on with an interrupted sweep; takes no SPEC.")
+@click.option("--trials", type=int, metavar="N", help="With --resume: train N trials in all, also if it had finished.")
 @_AS_JSON
-def run(spec: Path | None, name: str | None, address: str | None, resume: str | None, as_json: bool) -> None:
+def run(
+    spec: Path | None, name: str | None, address: str | None, resume: str | None, trials: int | None, as_json: bool
+) -> None:
     """Run a sweep: search, certificates, report, export."""
     from services.output import print_outcome, watching
     from sweeps import driver
@@ -54,13 +57,17 @@ def run(spec: Path | None, name: str | None, address: str | None, resume: str | 
         raise click.UsageError("run takes either a SPEC or --resume SWEEP.")
     if resume is not None and name is not None:
         raise click.UsageError("--name names a new sweep; a resumed one keeps its name.")
+    if resume is None and trials is not None:
+        raise click.UsageError("--trials goes with --resume; a new sweep has them in its SPEC, as search.trials.")
     with watching() as (progress, interrupts):
         home = Home.open()
         if spec is not None:
             document = load_spec(spec)
             outcome = driver.start(document, home, name=name, address=address, progress=progress, interrupts=interrupts)
         else:
-            outcome = driver.resume(resume or "", home, address=address, progress=progress, interrupts=interrupts)
+            outcome = driver.resume(
+                resume or "", home, address=address, progress=progress, interrupts=interrupts, trials=trials
+            )
     sys.exit(print_outcome(outcome, as_json=as_json))
 
 

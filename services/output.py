@@ -18,7 +18,7 @@ from sweeps import tracking
 from sweeps.best import best_point, counts_in_words
 from sweeps.collapse import Certificate
 from sweeps.driver import Outcome
-from sweeps.events import Event, JobEnded, JobStarted, RungReported, TrialAsked, TrialTold
+from sweeps.events import Event, JobEnded, JobStarted, RungReported, SweepExtended, TrialAsked, TrialTold
 from sweeps.export import FORMATS
 from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.records import SweepRecord
@@ -70,6 +70,8 @@ class Watcher:
                     self._train_s += event.train_s
                 case JobStarted() if event.work == "certify":
                     self._certificates += 1
+                case SweepExtended():
+                    self._certificates = 0  # trials come first again
                 case _:
                     pass
         now_s = time.monotonic()

@@ -31,7 +31,7 @@ from sweeps.home import Home
 from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
-from sweeps.plan import Plan, make_plan, trial_space
+from sweeps.plan import Plan, extended, make_plan, trial_space
 from sweeps.records import SweepRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
@@ -173,8 +173,16 @@ def start(
             return _Driver(home, ledger, sweep, uri, clock, progress, interrupts).drive(resources, resumed=False)
 
 
-def resume(reference: str, home: Home, *, address: str | None, progress: Progress, interrupts: Interrupts) -> Outcome:
-    """Takes a sweep up where the ledger left off, however its last driver ended.
+def resume(
+    reference: str,
+    home: Home,
+    *,
+    address: str | None,
+    progress: Progress,
+    interrupts: Interrupts,
+    trials: int | None = None,
+) -> Outcome:
+    """Takes a sweep up where the ledger left off, however its last driver ended, or if it never had one.
 
     Args:
         reference: the sweep's id, its name, or `last`.
@@ -182,24 +190,30 @@ def resume(reference: str, home: Home, *, address: str | None, progress: Progres
         address: of a running Ray cluster; None starts one on this machine.
         progress: is told how it gets on.
         interrupts: raises `Interrupted` before there is a sweep; after that, a signal ends the sweep in order.
+        trials: how many it is to train in all from now on; None for as many as it has. The number that an unfinished
+            sweep was given last may be given again: whoever was interrupted repeats the same command.
 
     Raises:
-        InputError: there is no such sweep, or it cannot be driven from here.
+        InputError: there is no such sweep, it cannot be driven from here, or not be given so many trials.
     """
     clock = Clock()
     with home.ledger() as ledger:
         sweep = ledger.find(reference).id
-        record = read_sweep(ledger, sweep)
-        uri = _tracking_uri(record)
-        tracking.check_tracking(uri, record.created.experiment)
-        workers = record.plan.workers
-        driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
-        with home.driving(sweep), closing_killed(home, ledger, spare=sweep):
-            if record.state == "finished":
-                with interrupts.held():
-                    return driver.conclude()
-            with _cluster(home, address, workers, progress, interrupts):
-                return driver.drive(_resources(record.spec, home), resumed=True)
+        with home.driving(sweep):
+            record = read_sweep(ledger, sweep)
+            if trials == record.extended_to and record.state != "finished":
+                trials = None
+            if trials is not None:
+                extended(record.plan, record.spec, trials)
+            uri = _tracking_uri(record)
+            tracking.check_tracking(uri, record.created.experiment)
+            driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
+            with closing_killed(home, ledger, spare=sweep):
+                if record.state == "finished" and trials is None:
+                    with interrupts.held():
+                        return driver.conclude()
+                with _cluster(home, address, record.plan.workers, progress, interrupts):
+                    return driver.drive(_resources(record.spec, home), resumed=record.driven, trials=trials)
 
 
 def _resources(spec: SweepSpec, home: Home) -> engine.Resources:
@@ -234,14 +248,20 @@ class _Driver:
         experiment = read_sweep(ledger, sweep).created.experiment
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
 
-    def drive(self, resources: engine.Resources, *, resumed: bool) -> Outcome:
-        """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held."""
-        searcher = self._searcher()
-        if resumed:
-            past = self._ledger.read(self._sweep)
-            searcher.replay(past)
-            self._progress.events(self._sweep, [record.event for record in past])
-        self._append([DriverStarted(resumed=resumed)])
+    def drive(self, resources: engine.Resources, *, resumed: bool, trials: int | None = None) -> Outcome:
+        """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held.
+
+        Args:
+            resources: what a worker takes.
+            resumed: whether it had a driver before.
+            trials: how many it is given in all; None for as many as it has.
+        """
+        searcher, past = self._searcher(), self._ledger.read(self._sweep)
+        searcher.replay(past)
+        self._progress.events(self._sweep, [record.event for record in past])
+        extension = [] if trials is None else searcher.extend(trials)
+        # At once: a driver that is killed has given the sweep its trials and is resumed, or has done neither.
+        self._append([*extension, DriverStarted(resumed=resumed)])
         self._writer.start()
         return self.conclude(self._run(searcher, resources))
 
@@ -267,7 +287,8 @@ class _Driver:
 
     def _searcher(self) -> PackSearcher:
         record = read_sweep(self._ledger, self._sweep)
-        spec, plan = record.spec, record.plan
+        # As it was created: trials that it was given later are in the ledger's events, which are replayed.
+        spec, plan = record.spec, Plan.model_validate(record.created.plan)
         reduction = Reduction.of(spec)
         return PackSearcher(
             spec,
@@ -317,9 +338,10 @@ class _Driver:
                     self._clock.lap("start-up", ago_s=busy_s)
                 if not self._certifying:
                     self._clock.add("training, summed over workers", busy_s)
-            elif isinstance(event, JobStarted) and event.work == "certify" and not self._certifying:
-                self._certifying = True
-                self._clock.lap("trials")
+            elif isinstance(event, JobStarted) and self._certifying != (event.work == "certify"):
+                # A certificate that an earlier driver began may come before trials that were added.
+                self._clock.lap("certificates" if self._certifying else "trials")
+                self._certifying = not self._certifying
         self._progress.events(self._sweep, events)
 
     def _write_report(self) -> Path | None:

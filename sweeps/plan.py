@@ -17,6 +17,7 @@ from sweeps.canonical import CanonicalSpace, ClassGrid, Continuous, Dimension, I
 from sweeps.errors import InputError
 from sweeps.reduction import MOST_CONFIGURATIONS, Reduction
 from sweeps.spec import MedianPruner, SuccessiveHalving, SweepSpec
+from sweeps.spec_sections import MOST_TRIALS
 
 _DEFAULT_TRIALS = 64
 _LARGEST_AUTO_PACK = 64
@@ -91,6 +92,18 @@ class Plan(BaseModel):
         """
         return self.model_copy(update={"seconds": self.member_steps * seconds_per_member_step / self.workers})
 
+    def with_trials(self, spec: SweepSpec, trials: int) -> Plan:
+        """The plan with so many trials in all, and what they cost; packs and workers stay as they are."""
+        member_steps = _member_steps(spec, trials, self.rungs)
+        changes = {
+            "trials": trials,
+            "member_steps": member_steps,
+            # A plan without any stays so: nothing was eliminated, or nobody wants one.
+            "certificates": min(spec.certify.classes, trials) if self.certificates else 0,
+            "seconds": None if self.seconds is None else self.seconds * member_steps / self.member_steps,
+        }
+        return self.model_copy(update=changes)
+
 
 def trial_space(spec: SweepSpec, reduction: Reduction) -> TrialSpace:
     """Where the trials of a spec come from."""
@@ -117,7 +130,7 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
             f"search.method: grid takes at most {MOST_CONFIGURATIONS:,} configurations; found "
             f"{reduction.space.size:,}; list fewer values, or let gp or tpe choose among them"
         )
-    distinct = classes if grid else canonical.size
+    distinct = _distinct(spec, canonical, classes)
     trials = spec.search.trials or (distinct if grid and distinct else _DEFAULT_TRIALS)
     trials = min(trials, distinct) if distinct else trials
     rungs = spec.search.rungs(spec.train.steps)
@@ -146,6 +159,41 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
         outside=_outside(spec, canonical),
         warnings=(*_warnings(spec, reduction, trials, distinct), *_memory_warnings(pack, most_members)),
     )
+
+
+def extended(plan: Plan, spec: SweepSpec, trials: int) -> Plan:
+    """Plans a sweep that is given more trials than it has.
+
+    Args:
+        plan: what the sweep has now.
+        spec: its spec.
+        trials: how many it is to train in all.
+
+    Raises:
+        InputError: it has as many already, or there are not so many different runs, or no sweep may have so many.
+    """
+    distinct = _distinct(spec, CanonicalSpace.of(spec, Reduction.of(spec)), plan.classes)
+    if distinct is not None and plan.trials >= distinct:
+        raise InputError(
+            f"a sweep with more trials must have runs that it has not trained; found none: there are only {distinct:,} "
+            f"different runs, and it has {'every class of its grid' if spec.search.method == 'grid' else 'all of them'}"
+            "; write a spec with more values or with ranges, and run that"
+        )
+    if trials <= plan.trials:
+        raise InputError(
+            f"trials are counted in all, so there must be more than the {plan.trials:,} that the sweep has already; "
+            f"found {trials:,}; name a larger number, or leave it out to go on with those"
+        )
+    most = min(MOST_TRIALS, distinct or MOST_TRIALS)
+    if trials > most:
+        why = f", for there are only {distinct:,} different runs" if most == distinct else ""
+        raise InputError(f"trials must be at most {most:,}{why}; found {trials:,}; name a number up to that")
+    return plan.with_trials(spec, trials)
+
+
+def _distinct(spec: SweepSpec, canonical: CanonicalSpace, classes: int | None) -> int | None:
+    """How many different runs there are; None where the space is continuous."""
+    return classes if spec.search.method == "grid" else canonical.size
 
 
 def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int | None) -> int:

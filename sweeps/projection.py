@@ -2,6 +2,7 @@
 
     event                        becomes
     SweepCreated                 the parent run: params, tags, description; spec and plan as artifacts
+    SweepExtended                on the parent: how many trials, which is a tag because params never change; the plan
     JobStarted                   a child run for each trial that has none; RUNNING again for one that was stopped
     RungReported, MemberDiverged `train/loss` at its steps, the task's metrics at the rung
     JobEnded                     on the parent, of a task of sequences: `train/tokens_per_s` of the job, at its number
@@ -34,6 +35,7 @@ from sweeps.events import (
     RungReported,
     SweepCreated,
     SweepEnded,
+    SweepExtended,
     TrialAsked,
     TrialTold,
 )
@@ -56,6 +58,9 @@ from sweeps.tracking_fields import (
 RunStatus = Literal["RUNNING", "FINISHED", "KILLED", "FAILED"]
 
 SWEEP_TAG, ROLE_TAG, NAME_TAG = "lora_sweeps.sweep_id", "lora_sweeps.role", "lora_sweeps.run"
+
+TRIALS_TAG = "lora_sweeps.trials"
+"""On the parent: how many trials the sweep trains in all."""
 
 ARTIFACTS_TAG, ARTIFACTS_WAIT, ARTIFACTS_DELIVERED = "lora_sweeps.artifacts", "waiting", "delivered"
 """On the parent: whether the sweep's files are there. Anything but `delivered` makes the next writer try again."""
@@ -162,6 +167,8 @@ class Projection:
         match record.event:
             case SweepCreated() as created:
                 self._create(created)
+            case SweepExtended() as extended:
+                self._extend(extended)
             case DriverStarted(resumed=True):
                 self._parent().status = "RUNNING"
                 self._parent().tags |= {"lora_sweeps.state": "running", "lora_sweeps.reason": ""}
@@ -197,6 +204,7 @@ class Projection:
         write.params |= sweep_params(spec, self._reduction, created)
         write.tags |= {
             "lora_sweeps.state": "running",
+            TRIALS_TAG: str(created.plan["trials"]),
             ARTIFACTS_TAG: ARTIFACTS_WAIT,
             "mlflow.note.content": description(fold(self._sweep, self._seen)),
         }
@@ -205,6 +213,12 @@ class Projection:
             "spec.resolved.json": hide_passwords(json.dumps(created.spec, indent=2)),
             "plan.json": hide_passwords(json.dumps(created.plan, indent=2)),
         }
+
+    def _extend(self, extended: SweepExtended) -> None:
+        plan = fold(self._sweep, self._seen).plan
+        write = self._parent()
+        write.tags |= {TRIALS_TAG: str(extended.trials), ARTIFACTS_TAG: ARTIFACTS_WAIT}
+        write.artifacts["plan.json"] = hide_passwords(json.dumps(plan.model_dump(mode="json"), indent=2))
 
     def _end(self, ended: SweepEnded, at_ms: int) -> None:
         for trial, child in self._children.items():

@@ -133,7 +133,7 @@ class SweepRecord:
     def plan(self) -> Plan:
         """What was planned, with the trials that it was given later."""
         plan = Plan.model_validate(self.created.plan)
-        return plan if self.extended_to is None else plan.model_copy(update={"trials": self.extended_to})
+        return plan if self.extended_to is None else plan.with_trials(self.spec, self.extended_to)
 
     @property
     def state(self) -> SweepState | Literal["queued", "running"]:

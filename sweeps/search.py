@@ -10,7 +10,8 @@ the number of lanes, not on which worker came first; in the asynchronous order t
 A pack that ran out of memory is split in two, and no later pack is larger than its parts.
 
 Every decision follows from the calls made on the searcher, and the ledger has all of those. Resuming is therefore
-replaying: the same code is run over the recorded calls, with recorded answers in the sampler's place.
+replaying: the same code is run over the recorded calls, with recorded answers in the sampler's place. That a search was
+given more trials is such a call; it comes between a replay and the next job, and has its place in the replays after it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sweeps.events import (
     JobStarted,
     MemberDiverged,
     RungReported,
+    SweepExtended,
     TrialAsked,
     TrialState,
     TrialTold,
@@ -52,7 +54,8 @@ _MOST_RETRIES = 2
 """How often a pack whose worker died is tried again."""
 
 _BREAKER = 5
-"""So many trials failing alike, before any has succeeded, pause the sweep: the fault is not the trials'."""
+"""So many trials failing alike, before any has succeeded, pause the sweep: the fault is not the trials'. A search that
+is given more trials starts counting anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class PackSearcher:
             spec: the sweep's spec.
             reduction: its reduction.
             space: where trials come from.
-            trials: how many to train, duplicates not counted.
+            trials: how many to train, duplicates not counted, unless it is given more (`extend`).
             rungs: steps at which trials report, ascending; the last is the end of training.
             pack: K, members to a pack.
             lanes: jobs under way at once.
@@ -125,11 +128,13 @@ class PackSearcher:
         self._applied = 0
         self._arrived: dict[int, JobResult] = {}
         self._to_certify: deque[int] | None = None
+        self._certified: set[str] = set()
         self._orphans: deque[int] = deque()
         self._recorded_asks: dict[int, TrialAsked] = {}
         self._recorded_ends: set[int] = set()
         self._events: list[Event] = []
         self._failures: list[str] = []
+        self._succeeded = False
         self.exhausted = False
         self.paused: str | None = None
         self.finished = False
@@ -169,6 +174,19 @@ class PackSearcher:
         self._commit()
         self._arrived[result.job] = result
 
+    def extend(self, trials: int) -> list[Event]:
+        """Gives the search more trials: after the `replay` of all that was before, and before anything new is composed.
+
+        Args:
+            trials: how many to train in all from now on.
+
+        Returns:
+            What the ledger must be told, in one transaction, before the next call.
+        """
+        self._grow(trials)
+        events, self._events = self._events, []
+        return [SweepExtended(trials=trials), *events]
+
     def replay(self, records: Iterable[Record]) -> None:
         """Brings a fresh searcher to where the ledger left off; jobs that were under way are handed out again.
 
@@ -187,6 +205,8 @@ class PackSearcher:
                     members.setdefault(event.job, []).append(_member_result(event))
                 case JobEnded():
                     self._arrived[event.job] = _job_result(event, members.pop(event.job, []))
+                case SweepExtended():
+                    self._grow(event.trials)
         ended = {event.job for event in recorded if isinstance(event, JobEnded)}
         self._orphans = deque(job for job in range(len(self._jobs)) if job not in ended)
         self._events.clear()
@@ -200,6 +220,23 @@ class PackSearcher:
                 f"step {started.stop}, this version composes {found}; resume with the version that began the sweep, or "
                 "run it anew"
             )
+
+    def _grow(self, trials: int) -> None:
+        """Raises the budget.
+
+        A search that had spent its budget, and has no job under way, first learns what its last jobs said. One that had
+        not goes on as if it had always had so many trials: whichever results have arrived by now changes nothing.
+        """
+        spent = len(self._trial_of_class) >= self._budget
+        if spent and self._applied + len(self._arrived) == len(self._jobs):
+            asynchronous = self._spec.search.order == "asynchronous"
+            for job in list(self._arrived) if asynchronous else sorted(self._arrived):
+                self._apply(job)
+        self._budget = trials
+        self._to_certify = None  # chosen anew, once the new trials have ended too
+        self._failures.clear()
+        self._succeeded = False
+        self.paused, self.finished = None, False
 
     # -- composing
 
@@ -267,7 +304,10 @@ class PackSearcher:
             ended = [
                 (t.number, t.value, t.configuration, t.class_id) for t in self._trials.values() if t.state == "finished"
             ]
-            self._to_certify = deque(collapse.choose(self._spec, self._reduction, ended))
+            chosen = collapse.choose(self._spec, self._reduction, ended)
+            missing = self._spec.certify.classes - len(self._certified)
+            uncertified = [number for number in chosen if self._trials[number].class_id not in self._certified]
+            self._to_certify = deque(uncertified[:missing])
         if not self._to_certify:
             return None
         return _Pack("certify", (self._to_certify.popleft(),), 0, self._spec.certify.steps)
@@ -337,6 +377,8 @@ class PackSearcher:
             self._apply_error(pack, result)
         elif pack.work == "train":
             self._apply_members(pack, result)
+        else:
+            self._certified.add(self._trials[pack.trials[0]].class_id)
 
     def _apply_members(self, pack: _Pack, result: JobResult) -> None:
         values: dict[int, float] = {}
@@ -383,14 +425,14 @@ class PackSearcher:
             self._study.tell(told, state, value)
         if number not in self._recorded_ends:
             self._events.append(TrialTold(trial=number, state=state, value=value, reason=reason))
+        self._succeeded |= state in ("finished", "pruned")
         if state == "failed" and number not in self._recorded_ends:
             # Failures of an earlier driver do not count: whoever starts one again may have mended what failed.
             self._failures.append(reason)
             self._check_breaker()
 
     def _check_breaker(self) -> None:
-        succeeded = any(trial.state in ("finished", "pruned") for trial in self._trials.values())
-        if len(self._failures) >= _BREAKER and len(set(self._failures)) == 1 and not succeeded:
+        if len(self._failures) >= _BREAKER and len(set(self._failures)) == 1 and not self._succeeded:
             self.paused = f"the first {_BREAKER} trials failed alike: {self._failures[0]}"
 
     # -- orders and events

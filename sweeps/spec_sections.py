@@ -307,12 +307,15 @@ class NoPruner(_Pruner):
 Pruner = Annotated[SuccessiveHalving | MedianPruner | NoPruner, ByType()]
 
 
+MOST_TRIALS = 1_000_000
+
+
 class SearchSpec(Section):
     """How configurations are chosen."""
 
     method: Literal["gp", "tpe", "random", "grid", "cmaes"] = "gp"
     """Optuna's sampler. grid: every class once, parameters as values only."""
-    trials: Annotated[int, Strict(), Field(ge=1, le=1_000_000)] | None = None
+    trials: Annotated[int, Strict(), Field(ge=1, le=MOST_TRIALS)] | None = None
     """Classes to try; null: 64, or every class of a grid."""
     pruner: Pruner = SuccessiveHalving(type="successive_halving")
     """Which trials are stopped early."""

@@ -33,7 +33,6 @@ def sweep_params(spec: SweepSpec, reduction: Reduction, created: SweepCreated) -
         "metric": spec.metric.name,
         "goal": spec.metric.goal,
         "method": spec.search.method,
-        "trials": spec.search.trials,
         "search_seed": spec.search.seed,
         "pruner": spec.search.pruner.type,
         "searched": ", ".join(reduction.space.searched),

@@ -161,6 +161,7 @@ def test_plan_lists_every_class_of_a_grid(cli: Callable[..., Done]):
         (("run",), "either a SPEC or --resume"),
         (("run", "small.yaml", "--resume", "last"), "either a SPEC or --resume"),
         (("run", "--resume", "last", "--name", "x"), "--name names a new sweep"),
+        (("run", "small.yaml", "--trials", "32"), "--trials goes with --resume"),
         (("run", "nosuch.yaml"), "found no such file"),
         (("run", "--resume", "nosuch"), "nosuch"),
         (("plan", "."), "found a directory"),

@@ -30,6 +30,8 @@ from sweeps.events import (
     TrialTold,
 )
 from sweeps.ledger import Ledger
+from sweeps.plan import make_plan
+from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import parse_spec
 
@@ -59,12 +61,13 @@ class Story:
 
     def begin(self) -> None:
         spec = parse_spec(self.spec_text, "digits.yaml").spec
+        plan = make_plan(spec, Reduction.of(spec), workers=1, most_members=4)
         created = SweepCreated(
             name=spec.name,
             spec=spec.model_dump(mode="json"),
             spec_text=self.spec_text,
             source="digits.yaml",
-            plan={"trials": 8},
+            plan=plan.model_dump(mode="json"),
             tracking_uri=self.uri,
             experiment=self.experiment,
             lanes=1,

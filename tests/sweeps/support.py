@@ -162,7 +162,7 @@ class Simulation:
         kept = [list(transaction) for transaction in self.transactions[:transactions]]
         return Simulation(self.spec, self.trials, self.rungs, self.pack, self.lanes, kept)
 
-    def searcher(self, *, resumed: bool = False) -> PackSearcher:
+    def searcher(self, *, resumed: bool = False, extend_to: int | None = None) -> PackSearcher:
         reduction = Reduction.of(self.spec)
         searcher = PackSearcher(
             self.spec,
@@ -178,7 +178,8 @@ class Simulation:
         )
         if resumed:
             searcher.replay(as_records(self.events))
-        self.transactions.append([DriverStarted(resumed=resumed)])
+        extension = [] if extend_to is None else searcher.extend(extend_to)
+        self.transactions.append([*extension, DriverStarted(resumed=resumed)])
         return searcher
 
     def run(
@@ -188,6 +189,7 @@ class Simulation:
         timing: int | None = None,
         resumed: bool = False,
         jobs: int = 1_000,
+        extend_to: int | None = None,
     ) -> PackSearcher:
         """Drives the sweep to its end, or until so many jobs have come back.
 
@@ -196,8 +198,9 @@ class Simulation:
             timing: seed of the order in which jobs end and are asked for; None ends them in the order they began.
             resumed: go on from the transactions there are.
             jobs: after so many the driver is killed, with others under way.
+            extend_to: trials in all that the sweep is given before it goes on.
         """
-        searcher, clock = self.searcher(resumed=resumed), random.Random(timing)
+        searcher, clock = self.searcher(resumed=resumed, extend_to=extend_to), random.Random(timing)
         under_way: list[JobOrder] = []
         while True:
             while len(under_way) < self.lanes and not (timing is not None and under_way and clock.random() < 0.3):

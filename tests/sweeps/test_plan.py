@@ -4,7 +4,7 @@ import pytest
 
 from sweeps import reduction as reduction_module
 from sweeps.errors import InputError
-from sweeps.plan import Plan, make_plan
+from sweeps.plan import Plan, extended, make_plan
 from sweeps.reduction import Reduction
 from tests.sweeps.support import make_spec
 
@@ -117,6 +117,68 @@ def test_a_grid_too_large_to_list_is_refused(monkeypatch):
     with pytest.raises(InputError, match=r"method: grid takes at most .* configurations; found 48"):
         plan_of(GRID, search="method: grid")
     assert plan_of(GRID).classes is None
+
+
+# -- more of them ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "search", "trials"),
+    [
+        (RANGES, "trials: 10", 90),
+        (RANGES, "trials: 10, pruner: {type: median}", 11),
+        (RANGES, "trials: 2", 1_000_000),
+        (GRID, "trials: 5", 16),
+        (GRID, "method: grid, trials: 5", 40),
+        ("rank: {min: 1, max: 64}, lr: 0.1, alpha: {values: [4, 16]}, init_scale: {values: [1, 2]}", "trials: 5", 128),
+    ],
+)
+def test_a_sweep_with_more_trials_costs_what_it_would_have_cost_at_first_but_keeps_its_packs(
+    parameters, search, trials
+):
+    spec = make_spec(parameters, search=search)
+    plan = plan_of(parameters, search=search, workers=2).with_time(0.01)
+    at_first = make_plan(
+        spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})}),
+        Reduction.of(spec),
+        workers=2,
+        most_members=64,
+    ).with_time(0.01)
+    found = extended(plan, spec, trials)
+    assert found.trials == trials
+    assert found.seconds == pytest.approx(at_first.seconds)
+    kept = {"pack": plan.pack, "seconds": found.seconds, "warnings": plan.warnings}
+    assert found == at_first.model_copy(update=kept)
+    # What was planned elsewhere and read again is the same plan.
+    assert extended(Plan.model_validate_json(plan.model_dump_json()), spec, trials) == found
+
+
+def test_a_sweep_with_more_trials_certifies_no_more_classes_than_it_was_to():
+    spec = make_spec(RANGES, search="trials: 2")
+    assert extended(plan_of(RANGES, search="trials: 2"), spec, 3).certificates == 3
+    assert extended(plan_of(RANGES, search="trials: 2"), spec, 30).certificates == 4
+    nothing = "rank: 4, lr: {min: 1e-4, max: 1}"
+    assert extended(plan_of(nothing), make_spec(nothing), 100).certificates == 0
+    untimed = extended(plan_of(), make_spec(RANGES), 100)
+    assert untimed.seconds is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "search", "trials", "message"),
+    [
+        (RANGES, "trials: 10", 10, "there must be more than the 10 that the sweep has already; found 10"),
+        (RANGES, "trials: 10", -1, "there must be more than the 10 that the sweep has already; found -1"),
+        (RANGES, "trials: 10", 1_000_001, "trials must be at most 1,000,000; found 1,000,001"),
+        (GRID, "trials: 5", 17, "trials must be at most 16, for there are only 16 different runs; found 17"),
+        (GRID, "trials: 99", 99, "found none: there are only 16 different runs, and it has all of them"),
+        (GRID, "method: grid, trials: 5", 41, "at most 40, for there are only 40 different runs; found 41"),
+        (GRID, "method: grid", 41, "there are only 40 different runs, and it has every class of its grid"),
+        ("rank: 4, lr: 0.1", "trials: 1", 2, "there are only 1 different runs, and it has all of them"),
+    ],
+)
+def test_trials_that_there_cannot_be_are_refused_with_the_way_out(parameters, search, trials, message):
+    with pytest.raises(InputError, match=message):
+        extended(plan_of(parameters, search=search), make_spec(parameters, search=search), trials)
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------

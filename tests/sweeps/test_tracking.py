@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ from sweeps.events import (
     JobStarted,
     ReportWritten,
     SweepEnded,
+    SweepExtended,
     SweepState,
     TrialAsked,
 )
@@ -219,6 +221,42 @@ def test_duplicates_and_trials_never_started_have_no_run(story: Story, uri: str,
     story.tell(1, "finished", 1.0)
     Outbox(story.ledger, story.sweep, uri, "duplicates").deliver()
     assert set(seen(client, "duplicates", story.sweep)) == {"sweep ", "trial 0"}
+
+
+def test_an_extended_sweep_says_how_many_trials_it_trains_and_goes_on_in_the_same_runs(
+    story: Story, uri: str, client: Any
+) -> None:
+    def deliver() -> Path:
+        Outbox(story.ledger, story.sweep, uri, "extended").deliver()
+        (run,) = [run for run in runs_of(client, "extended", story.sweep) if run.info.run_name == story.sweep]
+        return Path(urllib.request.url2pathname(urllib.parse.urlparse(run.info.artifact_uri).path))
+
+    story.tell_all()
+    story.end("finished")
+    directory = deliver()
+    parent = seen(client, "extended", story.sweep)["sweep "]
+    assert (parent.status, parent.tags["lora_sweeps.trials"]) == ("FINISHED", "64")
+    assert "trials" not in parent.params  # MLflow would not let it change
+    assert json.loads((directory / "plan.json").read_text())["trials"] == 64
+
+    story.append(SweepExtended(trials=80), DriverStarted(resumed=True))
+    assert deliver() == directory
+    parent = seen(client, "extended", story.sweep)["sweep "]
+    assert (parent.status, parent.tags["lora_sweeps.trials"]) == ("RUNNING", "80")
+    plan = json.loads((directory / "plan.json").read_text())
+    assert (plan["trials"], plan["certificates"]) == (80, 4)
+
+    story.ask(5)
+    story.run(5)
+    story.report(5, 100, 0.125)
+    story.tell(5, "finished", 0.125)
+    story.end("finished")
+    deliver()
+    runs = seen(client, "extended", story.sweep)
+    assert (runs["sweep "].status, runs["trial 5"].status, len(runs)) == ("FINISHED", "FINISHED", 7)
+    assert runs["sweep "].tags["lora_sweeps.best_trial"] == "5"
+    (parent_run,) = [run for run in runs_of(client, "extended", story.sweep) if run.info.run_name == story.sweep]
+    assert parent_run.data.metrics["trials/finished"] == 2  # the latest count, not the first
 
 
 def test_twins_are_children_with_their_verdict(story: Story, uri: str, client: Any) -> None:

@@ -181,6 +181,7 @@ def resume(
     progress: Progress,
     interrupts: Interrupts,
     trials: int | None = None,
+    attended: bool = True,
 ) -> Outcome:
     """Takes a sweep up where the ledger left off, however its last driver ended, or if it never had one.
 
@@ -192,6 +193,8 @@ def resume(
         interrupts: raises `Interrupted` before there is a sweep; after that, a signal ends the sweep in order.
         trials: how many it is to train in all from now on; None for as many as it has. The number that an unfinished
             sweep was given last may be given again: whoever was interrupted repeats the same command.
+        attended: whether somebody waits, who is told at once that MLflow is away, and whose other sweeps are looked
+            after. Otherwise what MLflow is not told waits in the ledger, and others are a service's to look after.
 
     Raises:
         InputError: there is no such sweep, it cannot be driven from here, or not be given so many trials.
@@ -206,9 +209,10 @@ def resume(
             if trials is not None:
                 extended(record.plan, record.spec, trials)
             uri = _tracking_uri(record)
-            tracking.check_tracking(uri, record.created.experiment)
+            if attended:
+                tracking.check_tracking(uri, record.created.experiment)
             driver = _Driver(home, ledger, sweep, uri, clock, progress, interrupts)
-            with closing_killed(home, ledger, spare=sweep):
+            with closing_killed(home, ledger, spare=sweep) if attended else contextlib.nullcontext():
                 if record.state == "finished" and trials is None:
                     with interrupts.held():
                         return driver.conclude()

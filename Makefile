@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo check test wheel docs constraints clean
+.PHONY: install demo serve check test wheel docs constraints clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/lora-sweeps run examples/digits.yaml
+
+serve: install
+	$(BIN)/lora-sweeps serve --with-mlflow
 
 check: install
 	$(BIN)/ruff check .

@@ -174,10 +174,11 @@ def extended(plan: Plan, spec: SweepSpec, trials: int) -> Plan:
     """
     distinct = _distinct(spec, CanonicalSpace.of(spec, Reduction.of(spec)), plan.classes)
     if distinct is not None and plan.trials >= distinct:
+        only = "there is only one run" if distinct == 1 else f"there are only {distinct:,} different runs"
+        has = "every class of its grid" if spec.search.method == "grid" else "all of them"
         raise InputError(
-            f"a sweep with more trials must have runs that it has not trained; found none: there are only {distinct:,} "
-            f"different runs, and it has {'every class of its grid' if spec.search.method == 'grid' else 'all of them'}"
-            "; write a spec with more values or with ranges, and run that"
+            f"a sweep with more trials must have runs that it has not trained; found none: {only}, and it has {has}; "
+            "write a spec with more values or with ranges, and run that"
         )
     if trials <= plan.trials:
         raise InputError(

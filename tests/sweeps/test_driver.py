@@ -1,4 +1,4 @@
-"""What the driver does beside driving: closing what a killed one left open."""
+"""What the driver does beside driving: closing what a killed one left open, and refusing before anything is entered."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.driver import closing_killed
-from sweeps.events import DriverStarted, JobStarted, SweepCreated, TrialAsked
+from sweeps.driver import closing_killed, resume
+from sweeps.errors import ClusterError, InputError
+from sweeps.events import DriverStarted, Event, JobStarted, SweepCreated, SweepEnded, SweepExtended, TrialAsked
 from sweeps.home import Home
+from sweeps.interrupts import Interrupts
 from sweeps.ledger import Ledger
 from sweeps.plan import make_plan
 from sweeps.records import read_sweep
@@ -69,3 +71,43 @@ def test_what_a_killed_driver_left_open_is_closed_and_what_is_driven_is_left_alo
     assert statuses(home, "killed") == {"KILLED"}
     assert statuses(home, "driven") == statuses(home, "resumed") == {"RUNNING"}
     assert set(ledger.open_sweeps()) == {"driven", "resumed"}
+
+
+class Silent:
+    """Nobody wants to know how a sweep is getting on."""
+
+    def stage(self, text: str) -> None: ...
+
+    def events(self, sweep: str, events: list[Event]) -> None: ...
+
+
+def resume_with(home: Home, trials: int | None) -> None:
+    """Resumes a sweep on a cluster that cannot be used: whoever is refused there was let through before."""
+    resume("begun", home, address="ray://here", progress=Silent(), interrupts=Interrupts(), trials=trials)
+
+
+def test_trials_that_a_sweep_cannot_be_given_are_refused_before_anything_is_entered(home: Home):
+    with Ledger.in_directory(home.path) as ledger:
+        begin(home, ledger, "begun")
+        before = ledger.read("begun")
+        for trials, message in ((24, "must be more than the 24"), (2_000_000, "must be at most 1,000,000")):
+            with pytest.raises(InputError, match=message):
+                resume_with(home, trials)
+        for allowed in (None, 25):
+            with pytest.raises(ClusterError, match="Ray Client connections cannot carry a search"):
+                resume_with(home, allowed)
+        assert ledger.read("begun") == before
+
+
+def test_the_number_that_an_interrupted_sweep_was_given_may_be_given_again(home: Home):
+    with Ledger.in_directory(home.path) as ledger:
+        begin(home, ledger, "begun")
+        ledger.append("begun", [SweepExtended(trials=32), DriverStarted(resumed=True)])
+        for allowed in (None, 32, 40):
+            with pytest.raises(ClusterError, match="Ray Client connections cannot carry a search"):
+                resume_with(home, allowed)
+        with pytest.raises(InputError, match="must be more than the 32 that the sweep has already; found 24"):
+            resume_with(home, 24)
+        ledger.append("begun", [SweepEnded(state="finished")])
+        with pytest.raises(InputError, match="must be more than the 32 that the sweep has already; found 32"):
+            resume_with(home, 32)

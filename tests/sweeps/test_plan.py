@@ -173,7 +173,7 @@ def test_a_sweep_with_more_trials_certifies_no_more_classes_than_it_was_to():
         (GRID, "trials: 99", 99, "found none: there are only 16 different runs, and it has all of them"),
         (GRID, "method: grid, trials: 5", 41, "at most 40, for there are only 40 different runs; found 41"),
         (GRID, "method: grid", 41, "there are only 40 different runs, and it has every class of its grid"),
-        ("rank: 4, lr: 0.1", "trials: 1", 2, "there are only 1 different runs, and it has all of them"),
+        ("rank: 4, lr: 0.1", "trials: 1", 2, "found none: there is only one run, and it has all of them"),
     ],
 )
 def test_trials_that_there_cannot_be_are_refused_with_the_way_out(parameters, search, trials, message):

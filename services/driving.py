@@ -24,10 +24,16 @@ def drive(sweep: str, address: str | None) -> None:
 
     with watching() as (progress, interrupts):
         home = Home.open()
-        before = _last_event(home, sweep)
+        before, trials = _standing(home, sweep)
         try:
             outcome = driver.resume(
-                sweep, home, address=address, progress=progress, interrupts=interrupts, attended=False
+                sweep,
+                home,
+                address=address,
+                progress=progress,
+                interrupts=interrupts,
+                trials=trials,
+                attended=False,
             )
         except StateError:
             raise  # the ledger or the right to drive is out of reach: there is nobody to tell
@@ -37,11 +43,14 @@ def drive(sweep: str, address: str | None) -> None:
     sys.exit(print_outcome(outcome, as_json=False))
 
 
-def _last_event(home: Home, sweep: str) -> int:
+def _standing(home: Home, sweep: str) -> tuple[int, int | None]:
+    """The number of the sweep's last event, and how many trials it is to be extended to."""
+    from services.store import Store
     from sweeps.records import read_sweep
 
     with home.ledger() as ledger:
-        return read_sweep(ledger, ledger.find(sweep).id).last_seq
+        record, row = read_sweep(ledger, sweep), Store(ledger).get(sweep)
+    return record.last_seq, row.trials if row.trials > record.plan.trials else None
 
 
 def _pause(home: Home, sweep: str, reason: str, *, after: int) -> None:

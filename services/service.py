@@ -28,7 +28,7 @@ from services.supervisor import Supervisor
 from services.views import finite, status, summary
 from sweeps.best import Best, best_point
 from sweeps.errors import InputError, SweepNotFoundError
-from sweeps.events import SweepCreated, SweepExtended
+from sweeps.events import SweepCreated
 from sweeps.home import Home
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, extended
@@ -350,10 +350,11 @@ class Service:
         if row.state in DRIVEN:
             raise RefusedError(f"what is extended must not run; {row.sweep} is {row.state}: cancel it first, or wait")
         with self._records.reading(row.sweep) as record:
-            extended(record.plan, record.spec, trials)  # or it says why not
+            has = record.plan if row.trials == record.plan.trials else record.plan.with_trials(record.spec, row.trials)
+            extended(has, record.spec, trials)  # or it says why not
         self._check_trials(row.owner, trials)
         audit = self._audit(who, "extend", row.sweep, detail=f"to {trials} trials", address=address)
-        return self._queue_again(who, row, audit, events=[SweepExtended(trials=trials)], trials=trials)
+        return self._queue_again(who, row, audit, trials=trials)
 
     def _queue_again(self, who: Principal, row: Submission, audit: AuditEntry, **changes: Any) -> Submission:
         fresh: dict[str, Any] = {"attempts": 0, "not_before_s": 0.0, "delivering": False, "wanted": "", "wanted_by": ""}

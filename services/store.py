@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from services.auth import NewToken, Scope
 from sweeps.errors import InputError, SweepNotFoundError
-from sweeps.events import Event, QueueMoved, QueueState, SweepCreated
+from sweeps.events import QueueMoved, QueueState, SweepCreated
 from sweeps.ledger import Ledger
 
 OPEN: tuple[QueueState, ...] = ("queued", "starting", "running", "degraded")
@@ -95,7 +95,7 @@ class Submission:
         shared: whether every user may see it.
         priority: above 0: before everybody's; below: after its owner's others.
         devices: GPUs, or cores, that it takes while it runs.
-        trials: how many it trains in all.
+        trials: how many it trains in all; its driver extends it where that is more than it has.
         submitted_at_s: seconds since the epoch, as all times here.
         state: where it stands.
         reason: why, in words.
@@ -211,7 +211,6 @@ class Store:
         *,
         by: str = "",
         audit: AuditEntry | None = None,
-        events: Sequence[Event] = (),
         **changes: Any,
     ) -> bool:
         """Moves a sweep to a state, and says so in the ledger; False where it is no longer as its mover saw it.
@@ -222,17 +221,14 @@ class Store:
             reason: why.
             by: the user who asked for it.
             audit: for the audit log.
-            events: what else the ledger is told.
             changes: what else changes of the row.
         """
         values = changes | {"state": state, "reason": reason, "moved_at_s": time.time()}
         with self._database.writing() as connection:
             if not self._changed(connection, seen, values):
                 return False
-            news = list(events)
             if (state, reason) != (seen.state, seen.reason):
-                news.append(QueueMoved(state=state, reason=reason, by=by))
-            self._ledger.append(seen.sweep, news, connection)
+                self._ledger.append(seen.sweep, [QueueMoved(state=state, reason=reason, by=by)], connection)
             if audit is not None:
                 _enter(connection, audit)
         return True

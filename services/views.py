@@ -61,7 +61,7 @@ def status(
         shared=row.shared if row else False,
         progress=Progress(
             trials_ended=sum(counts.values()) - counts["waiting"],
-            trials_planned=plan.trials,
+            trials_planned=row.trials if row else plan.trials,
             jobs_ended=len(record.jobs_ended),
             jobs_under_way=len(record.jobs_started) - len(record.jobs_ended),
             certificates=len(record.certificates),

@@ -226,7 +226,7 @@ def _apply(state: SweepRecord, record: Record) -> None:
         case DriverStarted():
             state.begun_seq, state.ended = record.seq, None
         case SweepExtended() as extended:
-            state.extended_to, state.ended = extended.trials, None  # there is more to do
+            state.extended_to = extended.trials
         case SweepEnded() as ended_sweep:
             state.ended, state.ended_seq, state.ended_at_s = ended_sweep, record.seq, record.at_s
             for stage, seconds in ended_sweep.seconds.items():

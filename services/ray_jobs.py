@@ -43,6 +43,8 @@ _NOT_FOUND = 127
 
 _SHOWN_LENGTH = 400
 
+_RAYS_OWN_LINES = ("Runtime env is setting up", "Running entrypoint for job")
+
 
 def drive_command(sweep: str) -> str:
     """The shell's words that drive a sweep on the cluster they run on."""
@@ -261,9 +263,17 @@ def _ending(job: Any) -> Ending | None:
         return Ending(f"exit code {code}: its program is not on the PATH of the cluster's head")
     if code < 0:
         return Ending(f"killed by {signal.Signals(-code).name}")
-    # What a shell itself says, for one that it cannot write the log, is nowhere else.
-    said = (job.message or "").partition(f"Running entrypoint for job {job.submission_id}: ")[2].partition("\n")[2]
-    return Ending(f"exit code {code}" + (f": {_brief(said)}" if said.strip() else ""))
+    said = _said_by_shell(job.message or "")
+    return Ending(f"exit code {code}" + (f": {_brief(said)}" if said else ""))
+
+
+def _said_by_shell(message: str) -> str:
+    """What stands in Ray's own log of a job: nothing of the driver, but why its shell could not start it, say.
+
+    Ray puts lines of its own around that, before or after.
+    """
+    log = message.partition("last available logs")[2].partition("\n")[2]
+    return "\n".join(line for line in log.splitlines() if not any(own in line for own in _RAYS_OWN_LINES)).strip()
 
 
 def _brief(text: str) -> str:

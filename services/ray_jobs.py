@@ -9,9 +9,9 @@ The service itself never connects to Ray as a driver does: it asks over HTTP, an
 state directory must be one that the service and all nodes see under the same path; the driver's whole output is in its
 log there, so there is nothing that only Ray has.
 
-The head needs lora-sweeps on its PATH: start Ray in the environment that has it. Where the head wants a token, the service
-needs it too: `RAY_AUTH_MODE=token`, and `RAY_AUTH_TOKEN_PATH` or `RAY_AUTH_TOKEN`. Nothing needs to be set on the head for
-a driver to have time to end in order: how long Ray waits between SIGTERM and SIGKILL travels with the job.
+The head needs lora-sweeps on its PATH: start Ray in the environment that has it. Where the head wants a token, the
+service needs it too: `RAY_AUTH_MODE=token`, and `RAY_AUTH_TOKEN_PATH` or `RAY_AUTH_TOKEN`. Nothing needs to be set on
+the head for a driver to have time to end in order: how long Ray waits between SIGTERM and SIGKILL travels with the job.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -155,12 +156,22 @@ def _mlflow(settings: Settings, home: Home) -> Iterator[MlflowServer | None]:
     from services.mlflow_server import MlflowServer
 
     click.echo(f"starting MLflow on port {settings.mlflow_port}", err=True)
-    server = MlflowServer(home, port=settings.mlflow_port)
+    hosts = () if settings.mlflow_url is None else (_host_of(settings.mlflow_url),)
+    server = MlflowServer(home, port=settings.mlflow_port, database=_mlflow_database(settings), hosts=hosts)
     server.start()
     try:
         yield server
     finally:
         server.stop()
+
+
+def _mlflow_database(settings: Settings) -> str | None:
+    return settings.mlflow_database.get_secret_value() if settings.mlflow_database else None
+
+
+def _host_of(url: str) -> str:
+    """The host and port of an address, as a browser names them."""
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 @contextmanager
@@ -201,9 +212,18 @@ def _runner(settings: Settings, home: Home, uri: str) -> Runner:
         return LocalRunner(home, {"MLFLOW_TRACKING_URI": uri, "HF_HUB_OFFLINE": "1"})
     if settings.devices is None:
         raise InputError("on a cluster --devices must say how many GPUs all sweeps together may use; found none")
+    if settings.with_mlflow and not _is_here(settings.ray_address):
+        raise InputError(
+            f"--with-mlflow listens on loopback, where drivers at {settings.ray_address} do not reach it: start MLflow "
+            "where they do, and set LORA_SWEEPS_TRACKING_URI"
+        )
     from services.ray_jobs import RayJobsRunner
 
     return RayJobsRunner(settings.ray_address, home)
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: MlflowServer | None) -> None:

@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     """Whether the service runs an MLflow server of its own, on loopback."""
     mlflow_port: int = Field(5000, ge=1, le=65535)
     """Its port."""
+    mlflow_database: SecretStr | None = None
+    """Where it keeps runs; None: a SQLite file in the state directory."""
     mlflow_url: str | None = None
     """Where people reach MLflow, if that is another address than the tracking URI."""
 

@@ -8,6 +8,7 @@ import getpass
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -253,7 +254,19 @@ def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: 
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
     server = uvicorn.Server(config)
-    server.run(sockets=[listener])
+    with _asked_to_stop_only():
+        server.run(sockets=[listener])
+
+
+@contextmanager
+def _asked_to_stop_only() -> Iterator[None]:
+    """Lets uvicorn handle Ctrl-C and SIGTERM, and nobody else: it raises them once more when it has stopped."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _look(service: Service, mlflow: MlflowServer | None) -> None:

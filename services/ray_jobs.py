@@ -167,6 +167,7 @@ class RayJobsRunner:
     def _environment(self) -> dict[str, str]:
         """What a driver is told; Ray shows it to everybody who may see its dashboard."""
         found = {"LORA_SWEEPS_HOME": str(self._home.path), "RAY_JOB_STOP_WAIT_TIME_S": str(self._grace_s)}
+        found["HF_HUB_OFFLINE"] = "1"  # what is trained lies under the administrator's roots
         if database := os.environ.get("LORA_SWEEPS_DATABASE_FILE"):
             found["LORA_SWEEPS_DATABASE_FILE"] = str(Path(database).absolute())
         tracking = os.environ.get("MLFLOW_TRACKING_URI")

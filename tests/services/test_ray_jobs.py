@@ -25,6 +25,7 @@ import pytest
 from services.ray_jobs import RayJobsRunner, drive_command
 from sweeps.errors import ClusterError, InputError, StateError
 from sweeps.home import Home
+from tests.services import service_support
 from tests.support import environment
 
 STAND_IN = """\
@@ -103,6 +104,7 @@ def head() -> Iterator[str]:
     # Ray puts sockets below its directory, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
         env = environment(
+            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             RAY_TMPDIR=scratch,
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=token,
@@ -346,3 +348,27 @@ def test_what_would_send_jobs_or_secrets_elsewhere_is_refused(tmp_path: Path, mo
 def test_a_driver_runs_on_the_cluster_that_its_job_runs_on():
     assert drive_command("digits-c16ad5") == "lora-sweeps drive digits-c16ad5 --address auto"
     assert shlex.split(drive_command("x; true")) == ["lora-sweeps", "drive", "x; true", "--address", "auto"]
+
+
+def test_a_service_runs_a_sweep_as_a_ray_job_and_finds_it_again_after_it_was_killed(head: str, tmp_path: Path):
+    from ray.job_submission import JobSubmissionClient
+
+    home = tmp_path / "home"
+    options = ("--ray-address", head, "--devices", "1")
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}
+    served = service_support.start(home, *options, **ray)
+    try:
+        sweep = served.submit()
+        served.wait_for(sweep, "running", "finished")
+        served.process.kill()
+        served.process.communicate()
+        served = service_support.start(home, *options, **ray)
+        status = served.wait_for(sweep, "finished", "failed", "paused")
+        assert (status["state"], status["reason"]) == ("finished", "")
+        assert status["trials"]["finished"] == 4
+        assert status["ray_url"] == head
+        jobs = [str(job.submission_id) for job in JobSubmissionClient(head).list_jobs()]
+        assert [job for job in jobs if job.startswith(sweep)] == [f"{sweep}-1"]
+    finally:
+        served.process.kill()
+        served.process.communicate()

@@ -37,6 +37,7 @@ docs: install
 	$(BIN)/python docs/make_law.py
 	$(BIN)/python docs/make_export.py
 	$(BIN)/python docs/make_tasks.py
+	$(BIN)/python docs/make_service.py
 
 # Pins every package of a fresh environment. Local version suffixes such as +cpu are dropped, so that the file names no one build.
 constraints:

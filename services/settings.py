@@ -24,7 +24,9 @@ _List = Annotated[tuple[str, ...], NoDecode]
 class Settings(BaseSettings):
     """Settings of a service. Lists are written with commas between: `LORA_SWEEPS_ALLOWED_HOSTS=a.example,b.example`."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, use_attribute_docstrings=True
+    )
 
     host: str = "127.0.0.1"
     """Address to listen on. Beyond loopback: only with tokens, and with TLS or behind a proxy that has it."""

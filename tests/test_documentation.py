@@ -116,6 +116,12 @@ def test_what_the_task_page_shows_is_what_plan_says():
     assert page == module.document(page), "docs/tasks.md is out of date: python docs/make_tasks.py"
 
 
+def test_the_tables_of_the_service_page_are_made_from_its_settings_and_routes():
+    page = (ROOT / "docs" / "service.md").read_text()
+    module = script("make_service")
+    assert page == module.document(page), "docs/service.md is out of date: python docs/make_service.py"
+
+
 def test_links_between_documents_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):

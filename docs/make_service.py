@@ -1,4 +1,4 @@
-"""Makes the tables in docs/service.md: settings from their model, routes from the OpenAPI document. A test holds the page.
+"""Makes the tables in docs/service.md: settings from their model, routes from OpenAPI. A test holds the page.
 
 The page is written by hand but for the parts between `<!-- made by docs/make_service.py: NAME -->` and `<!-- end -->`.
 """

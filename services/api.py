@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -15,9 +16,12 @@ from lora_core import __version__
 from services import pages, problems, routes
 from services.access import guard
 from services.edge import BodyLimit, SafeHeaders
-from services.metrics import Metrics
+from services.metrics import Measured, Metrics
 from services.service import Service
 from services.streaming import Hub
+
+_THREADS = 8
+"""That ask the database for whoever asks us."""
 
 
 def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None]] | None = None) -> FastAPI:
@@ -31,6 +35,8 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # Every thread is one that waits for the interpreter: more of them only make all of them slower.
+        current_default_thread_limiter().total_tokens = _THREADS
         tasks = [asyncio.ensure_future(work()) for work in (hub.run, background) if work is not None]
         yield
         hub.close()
@@ -54,7 +60,7 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
     app.include_router(routes.root)
     app.include_router(routes.v1)
     app.include_router(pages.router)
-    app.middleware("http")(app.state.metrics.measure)
+    app.add_middleware(Measured, metrics=app.state.metrics)
     app.add_middleware(BodyLimit)
     app.add_middleware(SafeHeaders)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
-from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.service import Service
 from services.streaming import Hub
@@ -31,19 +31,12 @@ class Metrics:
         )
         self.refused = Counter("lora_sweeps_refused_tokens", "Requests without a valid token.", registry=self._registry)
 
-    async def measure(self, request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Counts and times a request; a middleware."""
-        began_s = time.perf_counter()
-        status = 500
-        try:
-            answer = await call(request)
-            status = answer.status_code
-            return answer
-        finally:
-            # The route and not the path, which has as many values as there are sweeps.
-            route = getattr(request.scope.get("route"), "path", "none")
-            self._requests.labels(request.method if status != 405 else "other", route, status).inc()
-            self._seconds.labels(route).observe(time.perf_counter() - began_s)
+    def answered(self, scope: Scope, status: int, seconds: float) -> None:
+        """Counts and times an answer."""
+        # The route and not the path, which has as many values as there are sweeps.
+        route = getattr(scope.get("route"), "path", "none")
+        self._requests.labels(scope["method"] if status != 405 else "other", route, status).inc()
+        self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' format."""
@@ -70,3 +63,30 @@ class _Looked(Collector):
         yield GaugeMetricFamily("lora_sweeps_event_streams", "Listeners to events.", value=self._hub.listeners)
         trouble = float(bool(self._service.supervisor.trouble))
         yield GaugeMetricFamily("lora_sweeps_supervisor_trouble", "1 where drivers cannot be looked at.", value=trouble)
+
+
+class Measured:
+    """Counts and times every answer, up to its first byte."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began_s, answered = time.perf_counter(), False
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.start":
+                answered = True
+                self._metrics.answered(scope, message["status"], time.perf_counter() - began_s)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            if not answered:
+                self._metrics.answered(scope, 500, time.perf_counter() - began_s)

@@ -35,7 +35,7 @@ from sweeps.plan import Plan, extended
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
 
-_MOST_SUMMARIES, _MOST_STATUSES, _MOST_REPORTS = 4096, 256, 16
+_MOST_SUMMARIES, _MOST_STATUSES, _MOST_REPORTS = 4096, 1024, 16
 """Answers that are kept until something happens to their sweep."""
 
 

@@ -19,6 +19,9 @@ from sweeps.secrecy import hide_passwords
 
 _BUSY_TIMEOUT_S = 30
 
+_CONNECTIONS = 10
+"""Kept open, once they were needed."""
+
 
 class Database:
     """Connections to one database. Safe to use from several threads and processes at once."""
@@ -31,8 +34,11 @@ class Database:
         """
         self.url = url
         try:
-            self._engine = sa.create_engine(_with_driver(url), pool_pre_ping=True)
-            if self._engine.dialect.name == "sqlite":
+            parsed = _with_driver(url)
+            file = parsed.get_backend_name() == "sqlite"
+            # Connections to a server break, and are tried before they are used; those to a file do not.
+            self._engine = sa.create_engine(parsed, pool_pre_ping=not file, pool_size=_CONNECTIONS)
+            if file:
                 sa.event.listen(self._engine, "connect", _set_sqlite_pragmas)
         except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
             raise self._unusable(error) from error

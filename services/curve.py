@@ -73,7 +73,7 @@ def curve(finished: Sequence[tuple[int, float]], ended: int, *, sign: float, log
     ticks = _log_ticks(low, high) if log else []
     if len(ticks) < 2:
         ticks = [value for value in _ticks(low, high) if value > 0 or not log]
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    low, high = _with_margin(min(low, ticks[0]), max(high, ticks[-1]), log=log)
 
     def x(place: float) -> float:
         return round(_LEFT + (WIDTH - _LEFT - _RIGHT) * (place - 1) / max(1, ended - 1), 1)
@@ -99,6 +99,15 @@ def curve(finished: Sequence[tuple[int, float]], ended: int, *, sign: float, log
         last=best,
         ended=ended,
     )
+
+
+def _with_margin(low: float, high: float, *, log: bool) -> tuple[float, float]:
+    """A range a little wider than this one, so that nothing lies on the frame."""
+    if log:
+        factor = (high / low) ** 0.06
+        return low / factor, high * factor
+    margin = 0.06 * (high - low)
+    return low - margin, high + margin
 
 
 def _places(ended: int) -> list[int]:

@@ -69,7 +69,8 @@ class SweepView:
         wanted: `cancel` or `pause` once somebody asked for it; else empty.
         wanted_by: who.
         is_open: whether more can happen to it by itself.
-        columns: what trials and best points differ in.
+        columns: numbers of a trial, as they are headed.
+        best_columns: the same of the best point, which has more.
         best: the best point as it was trained, and for a trainer with its own default init.
         trials: best first.
         trials_left_out: how many more there are.
@@ -87,6 +88,7 @@ class SweepView:
     wanted_by: str
     is_open: bool
     columns: tuple[str, ...]
+    best_columns: tuple[str, ...]
     best: tuple[tuple[str, tuple[float | None, ...]], ...]
     trials: tuple[TrialLine, ...]
     trials_left_out: int
@@ -97,6 +99,11 @@ class SweepView:
     plan: tuple[tuple[str, tuple[str, ...]], ...]
     source: str
     spec_text: str
+
+    @property
+    def reasons(self) -> bool:
+        """Whether any trial has one."""
+        return any(trial.reason for trial in self.trials)
 
     @property
     def said(self) -> str:
@@ -135,6 +142,7 @@ def sweep_view(service: Service, row: Submission) -> SweepView:
         certificates = tuple(_certificate(Certificate.model_validate(one)) for one in record.certificates)
         source, spec_text = record.created.source, record.created.spec_text
     status = service.status(row)
+    best_columns, best = _best(status.best_point, names)
     uri = status.mlflow.tracking_uri
     served = service.settings.mlflow_url is not None or uri.startswith(("http://", "https://"))
     return SweepView(
@@ -144,7 +152,8 @@ def sweep_view(service: Service, row: Submission) -> SweepView:
         wanted_by=row.wanted_by,
         is_open=row.state in OPEN,
         columns=tuple(_COLUMNS[name] for name in names),
-        best=_best(status.best_point, names),
+        best_columns=best_columns,
+        best=best,
         trials=lines,
         trials_left_out=len(trained) - len(lines),
         duplicates=duplicates,
@@ -176,21 +185,22 @@ def _line(trial: TrialRecord, names: tuple[str, ...]) -> TrialLine:
     return TrialLine(trial.number, trial.state, trial.reason, trial.value, trial.step, point)
 
 
-def _best(best: Best | None, names: tuple[str, ...]) -> tuple[tuple[str, tuple[float | None, ...]], ...]:
-    """The best point's two rows: in the gauge it was trained in, and in that of an unmodified trainer."""
+def _best(
+    best: Best | None, names: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[float | None, ...]], ...]]:
+    """The best point's columns, and its two rows: in the gauge it was trained in, and in an unmodified trainer's."""
     if best is None:
-        return ()
+        return (), ()
     moved: DefaultInit = best.default_init
-    default = best.model_dump(include=set(names)) | {
-        "alpha": moved.alpha,
-        "lr": moved.lr,
-        "init_scale": 1.0,
-        "weight_decay": moved.weight_decay,
-    }
-    return (
-        ("as it was trained", tuple(getattr(best, name) for name in names)),
-        ("with default init", tuple(default[name] for name in names)),
-    )
+    own = {name: getattr(best, name) for name in names}
+    default = own | {"alpha": moved.alpha, "lr": moved.lr, "init_scale": 1.0}
+    if "weight_decay" in names:
+        default["weight_decay"] = moved.weight_decay
+    for name in ("eps", "clip_norm"):
+        if getattr(best, name) is not None:
+            own[name], default[name] = getattr(best, name), getattr(moved, name)
+    rows = (("as it was trained", tuple(own.values())), ("with default init", tuple(default.values())))
+    return tuple(_COLUMNS.get(name, name.replace("_", " ")) for name in own), rows
 
 
 def _certificate(certificate: Certificate) -> CertificateLine:

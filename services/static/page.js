@@ -28,7 +28,7 @@
   function tell() {
     const { said: text, state, every } = live.dataset;
     if (every) return say("Up to date; looks again every " + every + " s.");
-    if (over) return say(live.dataset.events ? text : "Ended: nothing more will come by itself.");
+    if (over) return say(text + ". Nothing more comes by itself.");
     const now = Date.now();
     if (said.classList.contains("lost") || state !== spoken.state || now - spoken.at > SAY_MS) {
       spoken = { text, state, at: now };
@@ -135,8 +135,8 @@
       close();
       clearTimeout(timer);
       timer = 0;
-    } else if (!over) {
-      if (live.dataset.events || live.dataset.every) soon();
+    } else if (live.dataset.events || live.dataset.every) {
+      soon();
       listen();
     }
   });

@@ -14,7 +14,7 @@ from services.words import plan_lines
 from sweeps.best import Best, DefaultInit
 from sweeps.collapse import Certificate
 from sweeps.events import QueueState
-from sweeps.records import SweepRecord, TrialRecord
+from sweeps.records import TrialRecord
 from sweeps.tracking_address import open_command
 
 _MOST_TRIALS = 200
@@ -220,10 +220,11 @@ def in_queue_order(sweeps: tuple[SweepSummary, ...], places: dict[str, str]) -> 
         sweeps: latest first.
         places: why queued ones wait.
     """
-    oldest = sorted(reversed(sweeps), key=lambda one: _QUEUE.index(one.state) if one.state in _QUEUE else len(_QUEUE))
+    oldest_first = sweeps[::-1]
+    ranked = sorted(oldest_first, key=lambda one: _QUEUE.index(one.state) if one.state in _QUEUE else len(_QUEUE))
     return [
         one.model_copy(update={"reason": places.get(one.sweep, "starts now")})
         if one.state == "queued" and not one.reason
         else one
-        for one in oldest
+        for one in ranked
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Annotated, Any, get_args
 from urllib.parse import urlencode
@@ -181,7 +181,7 @@ def queue(
     return HTMLResponse(text)
 
 
-def _more(after: str, only: dict[str, str]) -> str:
+def _more(after: str, only: Mapping[str, str]) -> str:
     return "/?" + urlencode(only | {"after": after})
 
 

@@ -3,6 +3,7 @@
 "use strict";
 (() => {
   const LEAST_MS = 1000; // between two fetches
+  const MOST_MS = 10000;
   const AGAIN_MS = 5000; // after one that failed
   const SAY_MS = 10000; // between two lines of progress that a screen reader speaks
 
@@ -29,6 +30,7 @@
     const { said: text, state, every } = live.dataset;
     if (every) return say("Up to date; looks again every " + every + " s.");
     if (over) return say(text + ". Nothing more comes by itself.");
+    if (!source || source.readyState !== EventSource.OPEN) return;
     const now = Date.now();
     if (said.classList.contains("lost") || state !== spoken.state || now - spoken.at > SAY_MS) {
       spoken = { text, state, at: now };
@@ -62,7 +64,8 @@
       if (answer.status === 404) return leave("This is no longer here.");
       if (!answer.ok) throw new Error(answer.status);
       const text = await answer.text();
-      least = Math.max(LEAST_MS, 10 * (Date.now() - fetched)); // a server that is slow is asked less
+      const took = Date.now() - fetched;
+      least = Math.min(Math.max(LEAST_MS, 10 * took), MOST_MS); // a server that is slow is asked less
       if (busy()) return soon(LEAST_MS);
       swap(new DOMParser().parseFromString(text, "text/html").getElementById("live"));
       tell();
@@ -96,7 +99,8 @@
     if (source || over || !live.dataset.events || document.hidden) return;
     source = new EventSource(live.dataset.events + "?after=" + seq);
     source.onopen = () => {
-      said.classList.contains("lost") ? soon() : tell();
+      if (said.classList.contains("lost")) soon();
+      tell();
     };
     source.onerror = () => {
       lost("The connection is lost; trying again.");

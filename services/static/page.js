@@ -10,6 +10,7 @@
   const said = document.getElementById("said");
   let live = document.getElementById("live");
   if (!live || !said) return;
+  const [shown, aloud] = said.querySelectorAll("span"); // the second is for who cannot see the page change
 
   let source = null; // of events
   let seq = Number(live.dataset.seq || 0);
@@ -19,27 +20,28 @@
   let fetched = 0; // when
   let held = false; // a button of the mouse, or a finger, is down
   let over = false; // nothing more will come
-  let spoken = { text: "", state: live.dataset.state, at: 0 };
+  let spoken = { state: "", at: 0 };
 
-  function say(text, lost = false) {
+  function say(text, progress = "", lost = false) {
     said.classList.toggle("lost", lost);
-    if (said.textContent !== text) said.textContent = text;
+    if (shown.textContent !== text) shown.textContent = text;
+    if (aloud.textContent !== progress) aloud.textContent = progress;
   }
 
   function tell() {
-    const { said: text, state, every } = live.dataset;
+    const { said: progress, state, every } = live.dataset;
     if (every) return say("Up to date; looks again every " + every + " s.");
-    if (over) return say(text + ". Nothing more comes by itself.");
+    if (over) return say("Nothing more comes by itself.", progress);
     if (!source || source.readyState !== EventSource.OPEN) return;
     const now = Date.now();
     if (said.classList.contains("lost") || state !== spoken.state || now - spoken.at > SAY_MS) {
-      spoken = { text, state, at: now };
-      say("Live. " + text);
+      spoken = { state, at: now };
+      say("Live: kept up to date.", progress);
     }
   }
 
   function lost(words) {
-    say(words, true);
+    say(words, "", true);
   }
 
   // -- the part of the page

@@ -369,7 +369,7 @@ def test_progress_is_live(still: Still, visit: Callable[..., Page]):
     tab = visit(still.token("vic"))
     tab.goto(f"/sweeps/{sweep}")
     tab.evaluate("window.same = true")
-    expect(tab.get_by_role("status")).to_have_text("Live. running: 0 of 4 trials ended")
+    expect(tab.get_by_role("status")).to_have_text("Live: kept up to date. running: 0 of 4 trials ended")
     expect(tab.locator("#live")).to_contain_text("No trial has finished yet.")
     for number in range(4):
         still.end_trial(sweep, number, 0.5 - number / 10)
@@ -383,7 +383,7 @@ def test_progress_is_live(still: Still, visit: Callable[..., Page]):
     expect(tab.locator("#cancel")).to_be_focused()
     still.finish(sweep)
     expect(tab.locator(".lead")).to_contain_text("finished")
-    expect(tab.get_by_role("status")).to_have_text("finished: 4 of 4 trials ended. Nothing more comes by itself.")
+    expect(tab.get_by_role("status")).to_have_text("Nothing more comes by itself. finished: 4 of 4 trials ended")
     expect(tab.locator("#cancel")).to_have_count(0)
     expect(tab.get_by_role("link", name="Adapter")).to_be_visible()
     assert tab.evaluate("window.same") is True, "the page was never loaded again"
@@ -413,7 +413,7 @@ def test_a_connection_that_is_lost_is_said_and_found_again(still: Still, visit: 
     expect(tab.get_by_role("status")).to_have_text("The connection is lost; trying again.")
     tab.unroute("**/events*", refuse)
     tab.clock.fast_forward(5_000)
-    expect(tab.get_by_role("status")).to_have_text("Live. running: 0 of 4 trials ended")
+    expect(tab.get_by_role("status")).to_have_text("Live: kept up to date. running: 0 of 4 trials ended")
     still.end_trial(sweep, 0, 0.5)
     expect(tab.locator(".progress")).to_contain_text("1 of 4")
 
@@ -422,7 +422,7 @@ def test_who_is_logged_out_meanwhile_is_told(still: Still, visit: Callable[..., 
     token, sweep = still.token("yan"), running(still, "yan")
     tab = visit(token)
     tab.goto(f"/sweeps/{sweep}")
-    expect(tab.get_by_role("status")).to_contain_text("Live.")
+    expect(tab.get_by_role("status")).to_contain_text("Live:")
     assert still.service.store.revoke_token(token.split("_")[1], AuditEntry("test", "token revoke"))
     still.end_trial(sweep, 0, 0.5)
     expect(tab.get_by_role("status")).to_have_text("You are logged out. Reload the page to log in.")

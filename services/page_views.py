@@ -14,7 +14,7 @@ from services.words import plan_lines
 from sweeps.best import Best, DefaultInit
 from sweeps.collapse import Certificate
 from sweeps.events import QueueState
-from sweeps.records import TrialRecord
+from sweeps.records import SweepRecord, TrialRecord
 from sweeps.tracking_address import open_command
 
 _MOST_TRIALS = 200
@@ -131,13 +131,12 @@ _USUAL = {"lr_ratio": 1.0, "weight_decay": 0.0, "head_lr": 0.0}
 def sweep_view(service: Service, row: Submission) -> SweepView:
     """Gathers a sweep's page."""
     with service.record(row) as record:
-        seq, spec, trained = record.last_seq, record.spec, record.trained
-        sign, log = spec.metric.sign, spec.metric.name in spec.task.log_metrics
+        seq, trained = record.last_seq, record.trained
         names = _names(trained)
+        sign = record.spec.metric.sign
         ranked = sorted(trained, key=lambda trial: _rank(trial, sign))
         lines = tuple(_line(trial, names) for trial in ranked[:_MOST_TRIALS])
-        told = sorted((t for t in trained if t.told_at_s is not None), key=lambda t: (t.told_at_s or 0.0, t.number))
-        finished = [(i, t.value) for i, t in enumerate(told, start=1) if t.state == "finished" and t.value is not None]
+        drawn = _curve(record)
         duplicates = len(record.trials) - len(trained)
         certificates = tuple(_certificate(Certificate.model_validate(one)) for one in record.certificates)
         source, spec_text = record.created.source, record.created.spec_text
@@ -158,12 +157,20 @@ def sweep_view(service: Service, row: Submission) -> SweepView:
         trials_left_out=len(trained) - len(lines),
         duplicates=duplicates,
         certificates=certificates,
-        curve=curve(finished, len(told), sign=sign, log=log),
+        curve=drawn,
         mlflow_command="" if served else open_command(uri),
         plan=tuple((label, tuple(texts)) for label, texts in plan_lines(status.plan)),
         source=source,
         spec_text=spec_text,
     )
+
+
+def _curve(record: SweepRecord) -> Curve | None:
+    """How the search got better, by the trials that have ended."""
+    spec = record.spec
+    told = sorted((t for t in record.trained if t.told_at_s is not None), key=lambda t: (t.told_at_s or 0.0, t.number))
+    finished = [(i, t.value) for i, t in enumerate(told, start=1) if t.state == "finished" and t.value is not None]
+    return curve(finished, len(told), sign=spec.metric.sign, log=spec.metric.name in spec.task.log_metrics)
 
 
 def _names(trained: list[TrialRecord]) -> tuple[str, ...]:

@@ -83,7 +83,12 @@ async def _login(request: Request, challenge: str) -> Response:
             else "A token is required, and none was typed in."
         )
     elif COOKIE in request.cookies:
-        fault = "You are logged out: your token has expired, or was revoked."
+        ours = request.method in ("GET", "HEAD") or request.headers.get("sec-fetch-site") == "same-origin"
+        fault = (
+            "You are logged out: your token has expired, or was revoked."
+            if ours
+            else "Nothing was done: what changes something must be asked for on a page of this service."
+        )
     text = render(
         "login",
         fault=fault,

@@ -42,6 +42,8 @@ from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import parse_spec
 
+MLFLOW = "http://127.0.0.1:5000"
+
 SPEC = """\
 name: {name}
 task: {{type: digits}}
@@ -80,7 +82,14 @@ class Still:
         return made.text
 
     def submit(
-        self, name: str = "tiny", *, owner: str = "ada", trials: int = 4, comment: str = "", source: str = "tiny.yaml"
+        self,
+        name: str = "tiny",
+        *,
+        owner: str = "ada",
+        trials: int = 4,
+        comment: str = "",
+        source: str = "tiny.yaml",
+        tracking_uri: str = MLFLOW,
     ) -> str:
         """Puts a sweep into the queue; its id."""
         text = SPEC.format(name=name, trials=trials) + comment
@@ -92,7 +101,7 @@ class Still:
             spec_text=text,
             source=source,
             plan=plan.model_dump(mode="json"),
-            tracking_uri="http://127.0.0.1:5000",
+            tracking_uri=tracking_uri,
             experiment=name,
             lanes=2,
             pack=4,
@@ -163,9 +172,7 @@ def standing_still(home_path: Path) -> Iterator[Still]:
     planner = Planner(home, processes=1, limit_s=60)
     policy = Policy(Rules(1.0, None, None, {}), window_s=3600, cancel_s=60)
     supervisor = Supervisor(store, ledger, records, LocalRunner(home, {}), policy)
-    service = Service(
-        settings, home, ledger, store, records, planner, supervisor, devices=1, tracking_uri="http://127.0.0.1:5000"
-    )
+    service = Service(settings, home, ledger, store, records, planner, supervisor, devices=1, tracking_uri=MLFLOW)
     hub = Hub(ledger)
     config = uvicorn.Config(make_app(service, hub), port=0, log_level="warning", ws="none", server_header=False)
     server = uvicorn.Server(config)

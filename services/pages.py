@@ -187,7 +187,7 @@ def queue(
 
 
 def _more(after: str, only: Mapping[str, str]) -> str:
-    return "/?" + urlencode(only | {"after": after})
+    return "/?" + urlencode({**only, "after": after})
 
 
 # -- a sweep -----------------------------------------------------------------------------------------------------------

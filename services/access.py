@@ -40,7 +40,7 @@ async def guard(request: Request) -> None:
             "a token is required: `Authorization: Bearer lsw_...`; `lora-sweeps token create` makes one",
             {"WWW-Authenticate": 'Bearer realm="lora-sweeps"'},
         )
-    request.state.who = who
+    request.state.who, request.state.shown = who, shown
 
 
 def principal_of(store: Store, text: str) -> Principal | None:
@@ -63,10 +63,12 @@ async def _shown_token(request: Request) -> str | None:
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return text.strip()
+    site = request.headers.get("sec-fetch-site")
     if request.url.path == LOGIN and request.method == "POST":
-        return _typed(await request.body())
+        # Nor may another's page log somebody in, as somebody else, without their knowing.
+        return form_of(await request.body()).get("token") if site in (None, "none", "same-origin") else None
     # A browser sends its cookie to whoever's page asks it to: what changes something must come from a page of ours.
-    if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site", "none") != "same-origin":
+    if request.method not in ("GET", "HEAD") and site != "same-origin":
         return None
     return request.cookies.get(COOKIE)
 
@@ -98,9 +100,16 @@ def _service(request: Request) -> Service:
 Served = Annotated[Service, Depends(_service)]
 
 
-def _typed(form: bytes) -> str | None:
-    fields = parse_qs(form.decode(errors="replace"), max_num_fields=4)
-    return fields.get("token", [""])[0].strip() or None
+def form_of(body: bytes) -> dict[str, str]:
+    """The fields of a form that a browser sent, without blanks around them; empty ones, and what is no form, left out.
+
+    A field that comes twice counts as it came first.
+    """
+    try:
+        fields = parse_qs(body.decode(errors="replace"), max_num_fields=4)
+    except ValueError:
+        return {}
+    return {name: text for name, values in fields.items() if (text := values[0].strip())}
 
 
 def _hub(request: Request) -> Hub:

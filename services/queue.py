@@ -85,7 +85,9 @@ def decide(waiting: Sequence[Waiting], busy: Sequence[Busy], used_hours: Mapping
         ranked = sorted(allowed, key=lambda one: _rank(one, running, used_hours, rules))
         head, free = ranked[0], rules.devices - sum(one.devices for one in running)
         if head.devices > free:
-            reasons[head.sweep] = f"next; waits for {head.devices:g} devices, of which {max(0.0, free):g} are free"
+            reasons[head.sweep] = (
+                f"next; waits for devices: takes {head.devices:g}, of which {max(0.0, free):g} are free"
+            )
             for place, one in enumerate(ranked[1:], start=2):
                 reasons[one.sweep] = f"number {place} in the queue"
             break
@@ -106,7 +108,7 @@ def over_hours(owner: str, used_hours: Mapping[str, float], rules: Rules) -> str
 def _at_limit(owner: str, running: Sequence[Busy], used_hours: Mapping[str, float], rules: Rules) -> str:
     own = sum(one.owner == owner for one in running)
     if rules.user_running is not None and own >= rules.user_running:
-        return f"{owner} has {own} sweeps running, of at most {rules.user_running}"
+        return f"{owner} has {own} running, of at most {rules.user_running}"
     return over_hours(owner, used_hours, rules)
 
 

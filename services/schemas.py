@@ -32,6 +32,8 @@ class SweepSummary(_Answer):
     """When, in UTC (ISO 8601)."""
     trials: dict[str, int]
     """Trials by state: finished, pruned, diverged, failed, waiting."""
+    trials_planned: int
+    """How many are trained in all."""
     metric: str
     best: float | None
     """The best finished trial's value of the metric."""

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -32,6 +33,7 @@ from sweeps.events import SweepCreated
 from sweeps.home import Home
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan, extended
+from sweeps.records import SweepRecord
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
 
@@ -275,7 +277,15 @@ class Service:
 
     def place(self, row: Submission) -> str:
         """Why a queued sweep waits."""
-        return self.supervisor.decide(self.store.in_states("queued")).reasons.get(row.sweep, "starts now")
+        return self.places().get(row.sweep, "starts now")
+
+    def places(self) -> dict[str, str]:
+        """Why each queued sweep waits, but for those that start now."""
+        return self.supervisor.decide(self.store.in_states("queued")).reasons
+
+    def record(self, row: Submission) -> AbstractContextManager[SweepRecord]:
+        """All that the ledger has of a sweep; it stays as it is for as long as the context lasts."""
+        return self._records.reading(row.sweep)
 
     def _summary(self, row: Submission, seq: int) -> SweepSummary:
         version = (seq, replace(row, counted_s=0.0, used_device_s=0.0))

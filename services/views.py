@@ -32,6 +32,7 @@ def summary(record: SweepRecord, row: Submission | None, state: State) -> SweepS
         reason=row.reason if row else _reason(record),
         created=utc(record.created_at_s),
         trials=record.counts(),
+        trials_planned=record.plan.trials,
         metric=record.spec.metric.name,
         best=None if best is None else best.value,
     )

@@ -57,28 +57,35 @@ def print_best(found: Best) -> None:
 
 def print_plan(plan: Plan) -> None:
     """Prints a plan in words."""
+    for label, lines in plan_lines(plan):
+        print_lines(label, lines)
+
+
+def plan_lines(plan: Plan) -> list[tuple[str, list[str]]]:
+    """A plan in words: lines, and what they are about."""
     counts = f"{plan.configurations} configurations -> {plan.classes} classes; " if plan.configurations else ""
     before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
     rungs = ", ".join(map(str, plan.rungs))
     cost = f"about {plan.member_steps} member-steps"
-    print_lines("law", [plan.law])
-    print_lines("reduction", [f"{counts}{before} -> {after}", f"alpha held at {plan.reference_alpha}"])
-    print_lines("space", [_dimension_in_words(dimension) for dimension in plan.space])
-    print_lines("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"])
-    print_lines("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"])
-    packs = [f"of {plan.pack} on {plan.workers} workers"]
-    if plan.base_bytes is not None and plan.member_bytes is not None:
-        packs.append(f"each takes {_size(plan.base_bytes)} and {_size(plan.member_bytes)} a member")
-    print_lines("packs", packs)
-    print_lines("dtype", [plan.dtype or "float32"])
-    print_lines("certificates", [f"{plan.certificates} classes"])
     if plan.seconds is not None:
         cost += f", {plan.seconds:.0f} s of training on this machine (start-up and search not counted)"
     elif plan.untimed:
         cost += f"; their time was not measured, for {plan.untimed}"
-    print_lines("cost", [cost])
-    if plan.warnings:
-        print_lines("warnings", list(plan.warnings))
+    packs = [f"of {plan.pack} on {plan.workers} workers"]
+    if plan.base_bytes is not None and plan.member_bytes is not None:
+        packs.append(f"each takes {_size(plan.base_bytes)} and {_size(plan.member_bytes)} a member")
+    found = [
+        ("law", [plan.law]),
+        ("reduction", [f"{counts}{before} -> {after}", f"alpha held at {plan.reference_alpha}"]),
+        ("space", [_dimension_in_words(dimension) for dimension in plan.space]),
+        ("outside", [f"{100 * plan.outside.share:.1f} % of the space as written: {plan.outside.explanation}"]),
+        ("search", [f"{plan.method}, {plan.trials} trials, reporting at steps {rungs}"]),
+        ("packs", packs),
+        ("dtype", [plan.dtype or "float32"]),
+        ("certificates", [f"{plan.certificates} classes"]),
+        ("cost", [cost]),
+    ]
+    return [*found, ("warnings", list(plan.warnings))] if plan.warnings else found
 
 
 def _size(size: int) -> str:

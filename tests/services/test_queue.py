@@ -15,7 +15,7 @@ def waiting(sweep: str, owner: str = "ann", *, devices: float = 1, priority: int
 def test_the_first_come_is_the_first_served_within_a_user():
     found = decide([waiting("b", at_s=2), waiting("a", at_s=1)], [], {}, Rules(1))
     assert found.start == ("a",)
-    assert found.reasons == {"b": "next; waits for 1 devices, of which 0 are free"}
+    assert found.reasons == {"b": "next; waits for devices: takes 1, of which 0 are free"}
 
 
 def test_whoever_has_used_least_is_next():
@@ -46,7 +46,7 @@ def test_nobody_overtakes_a_sweep_that_waits_for_devices():
     found = decide([waiting("large", devices=4, at_s=1), waiting("small", at_s=2)], [Busy("x", "bob", 2)], {}, Rules(4))
     assert found.start == ()
     assert found.reasons == {
-        "large": "next; waits for 4 devices, of which 2 are free",
+        "large": "next; waits for devices: takes 4, of which 2 are free",
         "small": "number 2 in the queue",
     }
 
@@ -55,7 +55,7 @@ def test_a_user_at_a_limit_is_passed_over():
     queue = [waiting("a", "ann", at_s=1), waiting("b", "bob", at_s=2)]
     found = decide(queue, [Busy("x", "ann", 1)], {}, Rules(4, user_running=1))
     assert found.start == ("b",)
-    assert found.reasons == {"a": "ann has 1 sweeps running, of at most 1"}
+    assert found.reasons == {"a": "ann has 1 running, of at most 1"}
     found = decide(queue, [], {"ann": 10.0}, Rules(4, user_device_hours=10))
     assert found.start == ("b",)
     assert found.reasons["a"].startswith("ann has used 10.0 of 10 device-hours")

@@ -14,6 +14,8 @@ from sweeps.tracking_address import run_url
 if TYPE_CHECKING:
     from services.store import Submission
 
+_DRIVEN = ("running", "degraded")
+
 
 def summary(record: SweepRecord, row: Submission | None, state: State) -> SweepSummary:
     """A sweep in a list.
@@ -64,7 +66,8 @@ def status(
             trials_ended=sum(counts.values()) - counts["waiting"],
             trials_planned=row.trials if row else plan.trials,
             jobs_ended=len(record.jobs_ended),
-            jobs_under_way=len(record.jobs_started) - len(record.jobs_ended),
+            # What was lost with a driver is under way again once the next one drives.
+            jobs_under_way=len(record.jobs_started) - len(record.jobs_ended) if state in _DRIVEN else 0,
             certificates=len(record.certificates),
             certificates_planned=plan.certificates,
             tokens_per_s=record.tokens_per_s,

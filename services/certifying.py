@@ -152,7 +152,7 @@ def _certify(
 
 
 def _train(document: SpecDocument, home: Home, fit: Preflight, chosen: list[ClassOrder], steps: int) -> CertificateFile:
-    from services.output import Watcher
+    from services.progress import Watcher
     from sweeps import preflight
     from sweeps.certificates import CertificateFile
     from sweeps.reduction import Reduction
@@ -204,7 +204,7 @@ def _check_ranks(classes: list[ClassOrder], fit: Preflight) -> None:
 
 
 def _check(path: Path, *, as_json: bool) -> int:
-    from services.output import Watcher
+    from services.progress import Watcher
     from sweeps import preflight
     from sweeps.certificates import CertificateFile, check, document_of
     from sweeps.class_choice import check_order

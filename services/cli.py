@@ -5,10 +5,8 @@ Every command imports what it needs when it runs, so that `--help` and the light
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,16 +14,15 @@ from lora_core import __version__
 from services.certifying import certify
 from services.driving import drive
 from services.exporting import export
+from services.options import AS_JSON
 from services.serving import serve
+from services.showing import best, list_sweeps, logs, report, status, watch
+from services.submitting import cancel, extend, resume, submit
+from services.tokens import login, token
 from services.translating import translate
-from sweeps.errors import InputError, SpecError, SweepNotFoundError
+from sweeps.errors import InputError, SpecError
 
-if TYPE_CHECKING:
-    from sweeps.records import SweepRecord
-
-_AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _SPEC = click.argument("spec", type=click.Path(path_type=Path))
-_SWEEP = click.argument("sweep")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,7 +40,7 @@ def cli() -> None:
 @click.option("--address", help="A running Ray cluster: HOST:PORT or auto. Without it one is started on this machine.")
 @click.option("--resume", metavar="SWEEP", help="Go on with an interrupted sweep; takes no SPEC.")
 @click.option("--trials", type=int, metavar="N", help="With --resume: train N trials in all, also if it had finished.")
-@_AS_JSON
+@AS_JSON
 def run(
     spec: Path | None, name: str | None, address: str | None, resume: str | None, trials: int | None, as_json: bool
 ) -> None:
@@ -75,10 +72,10 @@ def run(
 @_SPEC
 @click.option("--classes", is_flag=True, help="With --json: list every class with its configurations.")
 @click.option("--time/--no-time", "timed", default=True, help="Run a few steps to estimate the time (the default).")
-@_AS_JSON
+@AS_JSON
 def plan(spec: Path, classes: bool, timed: bool, as_json: bool) -> None:
     """Show what a spec would run, before it runs."""
-    from services.words import classes_of, print_plan
+    from services.words import classes_of, print_json, print_plan
     from sweeps.driver import plan_sweep
     from sweeps.home import Home
     from sweeps.spec import load_spec
@@ -89,16 +86,17 @@ def plan(spec: Path, classes: bool, timed: bool, as_json: bool) -> None:
     made = plan_sweep(document, Home.open(), timed=timed)
     if as_json:
         listed = {"classes_with_members": classes_of(document.spec)} if classes else {}
-        _print_json(made.model_dump(mode="json") | listed)
+        print_json(made.model_dump(mode="json") | listed)
     else:
         print_plan(made)
 
 
 @cli.command()
 @_SPEC
-@_AS_JSON
+@AS_JSON
 def validate(spec: Path, as_json: bool) -> None:
     """Check a spec, and name every fault with its line."""
+    from services.words import print_json
     from sweeps.spec import load_spec
 
     try:
@@ -108,10 +106,10 @@ def validate(spec: Path, as_json: bool) -> None:
             faults = [
                 {key: getattr(f, key) for key in ("path", "line", "required", "found", "hint")} for f in error.faults
             ]
-            _print_json({"valid": False, "faults": faults})
+            print_json({"valid": False, "faults": faults})
         raise
     if as_json:
-        _print_json({"valid": True, "faults": []})
+        print_json({"valid": True, "faults": []})
     else:
         click.echo(f"{document.source}: valid")
 
@@ -120,9 +118,10 @@ def validate(spec: Path, as_json: bool) -> None:
 @click.argument("what", type=click.Choice(["spec", "certificate"]), default="spec")
 def schema(what: str) -> None:
     """Print the JSON schema of a spec (the default), for editors, or of a certificate."""
+    from services.words import print_json
     from sweeps import certificates, spec
 
-    _print_json(certificates.json_schema() if what == "certificate" else spec.json_schema())
+    print_json(certificates.json_schema() if what == "certificate" else spec.json_schema())
 
 
 @cli.command()
@@ -142,81 +141,26 @@ def init(path: Path, force: bool) -> None:
     click.echo(f"wrote {path}: edit it, then `lora-sweeps run {path}`")
 
 
-@cli.command(name="list")
-@_AS_JSON
-def list_sweeps(as_json: bool) -> None:
-    """List the sweeps of this state directory, latest first."""
-    from services.words import print_sweeps, summary
-    from sweeps.home import Home
-    from sweeps.records import read_sweep
-
-    home = Home.locate()
-    summaries = []
-    if home.has_ledger:
-        with home.ledger() as ledger:
-            summaries = [summary(read_sweep(ledger, sweep.id), home) for sweep in reversed(ledger.sweeps())]
-    if as_json:
-        _print_json(summaries)
-    else:
-        print_sweeps(summaries)
-
-
-@cli.command()
-@_SWEEP
-@click.option("--format", "form", type=click.Choice(["md", "json", "html"]), default="md", help="Default: md.")
-def report(sweep: str, form: Any) -> None:
-    """Print the collapse report of a sweep."""
-    from sweeps.report import build, render
-
-    click.echo(render(build(_record(sweep)), form))
-
-
-@cli.command()
-@_SWEEP
-@_AS_JSON
-def best(sweep: str, as_json: bool) -> None:
-    """Print the best point of a sweep."""
-    from services.words import best_as_json, print_best
-    from sweeps.best import best_point
-
-    record = _record(sweep)
-    found = best_point(record)
-    if found is None:
-        raise InputError(f"a best point needs a finished trial; {record.id} is {record.state} and has none")
-    if as_json:
-        _print_json(best_as_json(found))
-    else:
-        print_best(found)
-
-
-cli.add_command(certify)
-
-
-cli.add_command(drive)
-
-
-cli.add_command(serve)
-
-
-cli.add_command(export)
-
-
-cli.add_command(translate)
-
-
-def _record(sweep: str) -> SweepRecord:
-    from sweeps.home import Home
-    from sweeps.records import read_sweep
-
-    home = Home.locate()
-    if not home.has_ledger:
-        raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
-    with home.ledger() as ledger:
-        return read_sweep(ledger, ledger.find(sweep).id)
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2))
+for _command in (
+    certify,
+    drive,
+    serve,
+    submit,
+    list_sweeps,
+    status,
+    watch,
+    logs,
+    cancel,
+    resume,
+    extend,
+    best,
+    report,
+    export,
+    translate,
+    token,
+    login,
+):
+    cli.add_command(_command)
 
 
 def main() -> None:

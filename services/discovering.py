@@ -12,7 +12,7 @@ from sweeps.errors import InputError
 
 def discover(path: Path, optimizer: str, *, configuration: str | None, steps: int | None, as_json: bool) -> int:
     """Looks for the law, prints what was found, and returns the exit code: 0 if there is one, else 1."""
-    from services.output import Watcher
+    from services.progress import Watcher
     from sweeps import preflight
     from sweeps.class_choice import read_configuration
     from sweeps.collapse import steps_within

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from io import BytesIO
+import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import click
 
-from sweeps.errors import InputError, SweepNotFoundError
+from services.exports import check_format
+from services.options import AS_JSON, SERVER, SWEEP, backend_of
+from sweeps.errors import InputError
 
 if TYPE_CHECKING:
+    from services.backend import Backend
     from services.schemas import Export
-    from sweeps.export.parts import Exported
-    from sweeps.home import Home
-    from sweeps.records import SweepRecord, TrialRecord
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @click.command()
-@click.argument("sweep")
+@SWEEP
 @click.option(
     "--format",
     "form",
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
 @click.option("--adapter", type=click.Path(path_type=Path), metavar="DIR", help="Write the trained adapter for PEFT.")
 @click.option("--merge", type=click.Path(path_type=Path), metavar="DIR", help="Write the model, adapter merged in.")
 @click.option("--trial", "number", type=int, metavar="NUMBER", help="This trial and not the best one.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@SERVER
+@AS_JSON
 def export(
     sweep: str,
     form: str | None,
@@ -45,6 +45,7 @@ def export(
     adapter: Path | None,
     merge: Path | None,
     number: int | None,
+    server: str | None,
     as_json: bool,
 ) -> None:
     """Write the best point in a trainer's config format, in the gauge of its default init; or what was trained."""
@@ -54,137 +55,64 @@ def export(
         raise click.UsageError("--output, --alpha and --default-init go with --format.")
     if alpha is not None and default_init:
         raise click.UsageError("--alpha and --default-init contradict each other: leave one out.")
+    if merge is not None and server is not None:
+        raise click.UsageError(
+            "--merge needs the model, which a service does not send: take --adapter DIR, and merge it where the model "
+            "is (PeftModel.from_pretrained(model, DIR).merge_and_unload())."
+        )
     if form is not None:
-        _check_format(form)
-    record, home = _find(sweep)
-    trial = trial_of(record, number)
-    printed: dict[str, Any] = {"sweep": record.id, "trial": trial.number}
-    files: list[Path] = []
-    if form is not None:
-        exported = _write_format(record, trial, form, output or Path(f"{record.id}-{form}"), alpha)
-        printed |= {"format": form, "alpha": exported.alpha, "init_scale": exported.init_scale}
-        printed["leftovers"] = [
-            {"name": each.name, "value": each.value, "warns": each.warns, "text": each.text}
-            for each in exported.leftovers
-        ]
-        files += exported.files
-        for each in exported.leftovers:
-            click.echo(f"{'warning' if each.warns else 'note'}: {each.text}", err=True)
-    files += _write_trained(record, trial, home, adapter, merge)
-    if as_json:
-        click.echo(json.dumps(printed | {"files": [str(path) for path in files]}, indent=2))
-    else:
-        click.echo("\n".join(map(str, files)))
+        check_format(form)
+    with backend_of(server) as backend:
+        sweep = backend.status(sweep).sweep  # once: `last` may be another one in a moment
+        exported = None if form is None else backend.export(sweep, form, alpha=alpha, trial=number)
+        files = [] if exported is None else _write(exported, output or Path(f"{sweep}-{form}"))
+        if exported is not None:
+            for each in exported.leftovers:
+                click.echo(f"{'warning' if each.warns else 'note'}: {each.text}", err=True)
+        files += _write_trained(backend, sweep, adapter, merge, number)
+        if not as_json:
+            click.echo("\n".join(map(str, files)))
+            return
+        printed: dict[str, Any] = {"sweep": sweep, "trial": _number(backend, sweep, number, exported)}
+    if exported is not None:
+        printed |= exported.model_dump(mode="json", include={"format", "alpha", "init_scale", "leftovers"})
+    click.echo(json.dumps(printed | {"files": [str(path) for path in files]}, indent=2))
 
 
-def _check_format(form: str) -> None:
-    from sweeps.export import FORMATS
+def _write(exported: Export, directory: Path) -> list[Path]:
+    from lora_core.files import write_atomically
 
-    if form not in FORMATS:
-        raise InputError(f"--format must be one of {', '.join(FORMATS)}; found {form!r}")
-
-
-def _find(sweep: str) -> tuple[SweepRecord, Home]:
-    from sweeps.home import Home
-    from sweeps.records import read_sweep
-
-    home = Home.locate()
-    if not home.has_ledger:
-        raise SweepNotFoundError(f"{home.path} has no sweeps yet: start one with `lora-sweeps run SPEC`")
-    with home.ledger() as ledger:
-        return read_sweep(ledger, ledger.find(sweep).id), home
-
-
-def trial_of(record: SweepRecord, number: int | None) -> TrialRecord:
-    """The trial that is to be exported: the best one where no number is given.
-
-    Raises:
-        InputError: there is none.
-    """
-    if number is None:
-        if record.best is None:
-            raise InputError(f"an export needs a finished trial; {record.id} is {record.state} and has none")
-        return record.best
-    trial = record.trials.get(number)
-    if trial is None:
-        known = f"0 to {max(record.trials)}" if record.trials else "none yet"
-        raise InputError(f"--trial must be one of {record.id}'s ({known}); found {number}")
-    # A duplicate is the same run as the trial that was trained in its place.
-    return trial if trial.duplicate_of is None else record.trials[trial.duplicate_of]
-
-
-def _write_format(record: SweepRecord, trial: TrialRecord, form: str, directory: Path, alpha: str | None) -> Exported:
-    from sweeps.export import FORMATS
-    from sweeps.export.point import ExportPoint
-
-    point = ExportPoint.of(record, trial, alpha)
+    if wrong := [name for name in exported.files if not _NAME.fullmatch(name)]:  # a server is not trusted with paths
+        raise InputError(f"an export must have files with plain names; found {wrong[0][:100]!a}")
     try:
-        return FORMATS[form](point, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in exported.files.items():
+            write_atomically(directory / name, text.encode())
     except OSError as error:
         raise _unwritable("--output", directory, error) from None
+    return [directory / name for name in exported.files]
 
 
 def _write_trained(
-    record: SweepRecord, trial: TrialRecord, home: Home, adapter: Path | None, merge: Path | None
+    backend: Backend, sweep: str, adapter: Path | None, merge: Path | None, number: int | None
 ) -> list[Path]:
     files: list[Path] = []
-    if adapter is None and merge is None:
-        return files
-    from sweeps.deliverables import write_adapter, write_merged  # torch takes its time to load
-
-    for option, directory, write in (("--adapter", adapter, write_adapter), ("--merge", merge, write_merged)):
-        if directory is not None:
+    merged = getattr(backend, "merged", None)  # only where the model is
+    for option, directory, write in (("--adapter", adapter, backend.adapter), ("--merge", merge, merged)):
+        if directory is not None and write is not None:
             try:
-                files += write(record, trial, home, directory)
+                files += write(sweep, directory, trial=number)
             except OSError as error:
                 raise _unwritable(option, directory, error) from None
     return files
 
 
+def _number(backend: Backend, sweep: str, number: int | None, exported: Export | None) -> int:
+    """Of the trial that was exported: a duplicate is the one that was trained in its place."""
+    if exported is None:
+        exported = backend.export(sweep, "peft", trial=number)  # in which every run can be written
+    return exported.trial
+
+
 def _unwritable(option: str, directory: Path, error: OSError) -> InputError:
     return InputError(f"{option} must be a directory that can be written; {directory} cannot: {error.strerror}")
-
-
-# -- for those who want it in hand and not on disk ---------------------------------------------------------------------
-
-
-def export_of(record: SweepRecord, trial: TrialRecord, form: str, alpha: str | None, scratch: Path) -> Export:
-    """A trial in a trainer's config format, with the texts of its files.
-
-    Args:
-        record: the sweep.
-        trial: one of its trials.
-        form: name of the format.
-        alpha: a number or a rule; None: that of the trainer's default init.
-        scratch: a directory to write in for a moment.
-
-    Raises:
-        InputError: there is no such format, or it cannot say what was trained.
-    """
-    from services.schemas import Export, Leftover
-    from sweeps.export import FORMATS
-    from sweeps.export.point import ExportPoint
-
-    _check_format(form)
-    with TemporaryDirectory(dir=scratch) as directory:
-        written = FORMATS[form](ExportPoint.of(record, trial, alpha), Path(directory))
-        files = {path.name: path.read_text(encoding="utf-8") for path in written.files}
-    leftovers = tuple(Leftover(name=e.name, value=e.value, warns=e.warns, text=e.text) for e in written.leftovers)
-    return Export(
-        sweep=record.id,
-        trial=trial.number,
-        format=form,
-        alpha=written.alpha,
-        init_scale=written.init_scale,
-        leftovers=leftovers,
-        files=files,
-    )
-
-
-def packed(files: Mapping[str, str]) -> bytes:
-    """Files as a ZIP archive."""
-    archive = BytesIO()
-    with ZipFile(archive, "w", ZIP_DEFLATED) as packing:
-        for name, text in files.items():
-            packing.writestr(name, text)
-    return archive.getvalue()

@@ -171,7 +171,7 @@ def _report(sweep: str, form: str, home: Home) -> str:
 def _adapter(sweep: str, trial: int | None, archive: Path, home: Home) -> None:
     import tempfile
 
-    from services.exporting import trial_of
+    from services.exports import trial_of
     from sweeps.deliverables import write_adapter
     from sweeps.records import read_sweep
 

@@ -1,4 +1,4 @@
-"""Reads sweeps from the ledger for many askers: folded records are kept, and only what is new is folded into them."""
+"""Reads sweeps for many askers: folded records are kept, and only what is new is folded into them; and logs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sweeps.errors import SweepNotFoundError
 from sweeps.ledger import Ledger
 from sweeps.records import SweepRecord, fold, fold_into
+from sweeps.secrecy import hide_passwords
 
 _MOST = 128
 """Records in memory, the latest used ones: a sweep of a thousand trials takes about a megabyte."""
@@ -51,3 +53,22 @@ class Records:
 class _Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
     record: SweepRecord | None = None
+
+
+def read_log(path: Path, *, offset: int | None, most_bytes: int) -> tuple[str, int, int]:
+    """A stretch of the drivers' log from an offset, else its end: the text, where it begins, where to go on.
+
+    Whole lines only, so that no secret is cut in two and shown for it.
+    """
+    if not path.exists():
+        return "", 0, 0
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        start = max(0, size - most_bytes) if offset is None else min(offset, size)
+        file.seek(start)
+        raw = file.read(most_bytes)
+    if offset is None and start:
+        cut = raw.find(b"\n") + 1
+        raw, start = raw[cut:], start + cut
+    end = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == most_bytes else 0)
+    return hide_passwords(raw[:end].decode(errors="replace")), start, start + end

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from services.access import Admin, Events, Reader, Served, Submitter, address_of
-from services.exporting import packed
+from services.exports import packed
 from services.problems import answers
 from services.schemas import (
     Accepted,

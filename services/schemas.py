@@ -13,6 +13,9 @@ from sweeps.plan import Plan
 State = QueueState | Literal["interrupted"]
 """`interrupted` is a sweep that was run by hand and stopped, or whose driver was killed."""
 
+ENDED: frozenset[State] = frozenset({"paused", "finished", "failed", "cancelled", "interrupted"})
+"""States of a sweep that nobody goes on with unless somebody asks for it."""
+
 
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from services.auth import Principal
-from services.exporting import export_of, trial_of
+from services.exports import export_of, trial_of
 from services.planning import Planned, Planner, Room
 from services.policy import Places, with_ids
 from services.problems import RefusedError
-from services.reading import Records
+from services.reading import Records, read_log
 from services.schemas import Accepted, Export, SweepPage, SweepStatus, SweepSummary
 from services.settings import Settings
 from services.store import DRIVEN, AuditEntry, KeyTakenError, Store, Submission
@@ -378,23 +378,8 @@ class Service:
     # -- files
 
     def logs(self, row: Submission, *, offset: int | None, most_bytes: int) -> tuple[str, int, int]:
-        """A stretch of the drivers' log from an offset, else its end: the text, where it begins, where to go on.
-
-        Whole lines only, so that no secret is cut in two and shown for it.
-        """
-        path = self.home.logs(row.sweep)
-        if not path.exists():
-            return "", 0, 0
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            start = max(0, size - most_bytes) if offset is None else min(offset, size)
-            file.seek(start)
-            raw = file.read(most_bytes)
-        if offset is None and start:
-            cut = raw.find(b"\n") + 1
-            raw, start = raw[cut:], start + cut
-        end = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == most_bytes else 0)
-        return hide_passwords(raw[:end].decode(errors="replace")), start, start + end
+        """A stretch of the drivers' log; see `read_log`."""
+        return read_log(self.home.logs(row.sweep), offset=offset, most_bytes=most_bytes)
 
     def scratch(self) -> Path:
         """A directory for what is sent once and then deleted."""

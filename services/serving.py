@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import getpass
 import logging
 import os
-import re
 import signal
 import socket
 import time
@@ -125,28 +123,18 @@ def _say_first_token(store: Store, home: Home, url: str) -> None:
     from services.access import row_of
     from services.auth import make_token
     from services.store import AuditEntry
+    from services.tokens import own_name
 
     path = home.path / "tokens"
     saved = [text for text in credentials.read(path).values() if row_of(store, text) is not None]
     if saved:
         credentials.save(path, url, saved[0])
     elif not any(row.valid(time.time()) for row in store.tokens()):
-        user, token = _own_name(), make_token()
+        user, token = own_name(), make_token()
         made = AuditEntry(user, "token create", detail=f"{token.id} for {user}, scope admin: the first one")
         store.add_token(token, user=user, scope="admin", note="the first one", expires_at_s=None, audit=made)
         credentials.save(path, url, token.text)
         click.echo(f"made a first token, scope admin, for {user}: {path} (mode 0600)", err=True)
-
-
-def _own_name() -> str:
-    """The name that the system has for us, as far as it can be a user's here."""
-    from services.auth import is_user_name
-
-    try:
-        name = re.sub(r"[^A-Za-z0-9._@-]", "-", getpass.getuser())
-    except (KeyError, OSError):  # a user id without a name, as in containers
-        name = "admin"
-    return name if is_user_name(name) else "admin"
 
 
 @contextmanager

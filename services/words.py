@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
+from services.schemas import ENDED, Accepted, SweepStatus, SweepSummary
 from sweeps.best import Best, counts_in_words, unit_of
-from sweeps.home import Home
 from sweeps.plan import Plan
-from sweeps.records import SweepRecord
 from sweeps.reduction import Reduction
 from sweeps.spec import SweepSpec
+from sweeps.tracking_address import open_command
 
 _LABEL_WIDTH = 14
 
@@ -113,32 +114,81 @@ def classes_of(spec: SweepSpec) -> list[dict[str, Any]] | None:
     ]
 
 
-def summary(record: SweepRecord, home: Home) -> dict[str, Any]:
-    """One sweep of a list."""
-    state = record.state
-    if state == "running" and not home.is_driven(record.id):
-        state = "interrupted"  # its driver was killed before it could say so
-    best = record.best
-    return {
-        "sweep": record.id,
-        "name": record.created.name,
-        "state": state,
-        "created": datetime.fromtimestamp(record.created_at_s, UTC).isoformat(timespec="seconds"),
-        "trials": record.counts(),
-        "metric": record.spec.metric.name,
-        "best": None if best is None else best.value,
-    }
-
-
-def print_sweeps(summaries: list[dict[str, Any]]) -> None:
-    """Prints a list of sweeps in columns."""
+def print_sweeps(summaries: Sequence[SweepSummary], *, empty: str) -> None:
+    """Prints a list of sweeps in columns; on stderr, what to do where there are none."""
     if not summaries:
-        click.echo("no sweeps yet: start one with `lora-sweeps run SPEC`", err=True)
+        click.echo(empty, err=True)
         return
-    rows = [("sweep", "state", "created (UTC)", "best", "trials")]
+    owned = any(one.owner for one in summaries)  # nobody owns what was run by hand
+    rows = [("sweep", *(("owner",) if owned else ()), "state", "created (UTC)", "best", "trials")]
     for one in summaries:
-        best = "–" if one["best"] is None else f"{one['metric']} {one['best']:.4g}{unit_of(one['metric'])}"
-        rows.append((one["sweep"], one["state"], one["created"][:19], best, counts_in_words(one["trials"])))
+        best = "–" if one.best is None else f"{one.metric} {one.best:.4g}{unit_of(one.metric)}"
+        owner = (one.owner or "–",) if owned else ()
+        rows.append((one.sweep, *owner, one.state, one.created[:19], best, counts_in_words(one.trials)))
+    print_table(rows)
+
+
+# -- one sweep ---------------------------------------------------------------------------------------------------------
+
+
+def print_status(found: SweepStatus) -> None:
+    """Prints how a sweep stands."""
+    progress, mlflow = found.progress, found.mlflow
+    print_lines("sweep", [f"{found.sweep}: {with_reason(found.state, found.reason)}"])
+    seen = ", shared with all users" if found.shared else ""
+    if found.owner:
+        print_lines("owner", [f"{found.owner}, priority {found.priority}{seen}"])
+    print_lines("created", [f"{found.created[:19]} UTC"])
+    ended = f"{progress.trials_ended} of {progress.trials_planned} ended: {counts_in_words(found.trials)}"
+    at_work = f"; {_counted(progress.jobs_under_way, 'job')} under way" if found.state not in ENDED else ""
+    print_lines("trials", [ended + at_work])
+    print_lines("certificates", [f"{progress.certificates} of {progress.certificates_planned} made"])
+    if progress.tokens_per_s is not None:
+        print_lines("speed", [f"{progress.tokens_per_s:,.0f} tokens/s a worker, over its pack and without padding"])
+    print_lines("best", best_lines(found.best_point) if found.best_point else ["no trial has finished"])
+    if found.seconds:
+        print_lines("time", [", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in found.seconds.items())])
+    if found.owner:
+        print_lines("used", [f"{found.device_hours:.2g} device-hours"])
+    behind = [] if mlflow.delivered else ["does not have everything yet"]
+    print_lines("MLflow", [open_command(mlflow.tracking_uri), *([mlflow.url] if mlflow.url else []), *behind])
+    if found.ray_url:
+        print_lines("Ray", [found.ray_url])
+
+
+def print_accepted(accepted: Accepted, *, server: str) -> None:
+    """Prints that a sweep was accepted, what it would run, and how to watch it."""
+    plan = accepted.plan
+    before, after = (", ".join(plan.dimensions[side]) for side in ("before", "after"))
+    counts = f"{plan.configurations} configurations -> {plan.classes} classes; " if plan.configurations else ""
+    trials = f"{_counted(plan.trials, 'trial')} ({plan.method}) in packs of {plan.pack} on "
+    certified = f"{_counted(plan.certificates, 'class', 'es')} certified"
+    print_lines("sweep", [f"{accepted.sweep}: {with_reason(accepted.state, accepted.reason)}"])
+    print_lines("plan", [f"{counts}{before} -> {after}", f"{trials}{_counted(plan.workers, 'worker')}; {certified}"])
+    if plan.warnings:
+        print_lines("warnings", list(plan.warnings))
+    print_lines("watch", [f"lora-sweeps watch {accepted.sweep}{server}"])
+
+
+def with_reason(state: str, reason: str) -> str:
+    """A state, and why."""
+    return f"{state} ({reason})" if reason else state
+
+
+def _counted(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count:,} {noun}{'' if count == 1 else plural}"
+
+
+# -- how it is printed -------------------------------------------------------------------------------------------------
+
+
+def print_json(value: object) -> None:
+    """Prints one JSON object."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Prints rows in columns, the heads first."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -5,6 +5,7 @@ Events are facts in the past tense. They are never changed or deleted; a reader 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -198,3 +199,18 @@ Event = (
 )
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event with its place.
+
+    Attributes:
+        seq: its number in the ledger; later events have larger ones.
+        at_s: when it was appended, in seconds since the epoch.
+        event: what happened.
+    """
+
+    seq: int
+    at_s: float
+    event: Event

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sweeps.errors import StateError
-from sweeps.ledger import Ledger
+
+if TYPE_CHECKING:  # who only looks for the directory needs no database
+    from sweeps.ledger import Ledger
 
 LOCK_VARIABLE = "LORA_SWEEPS_LOCK"
 """Names, in the environment of a driver, the open file with which it was given the right to drive."""
@@ -65,6 +68,8 @@ class Home:
         Raises:
             StateError: it cannot be opened or written.
         """
+        from sweeps.ledger import Ledger
+
         url = database_url()
         return Ledger.in_directory(self.path) if url is None else Ledger(url)
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from sweeps.database import Database, database_file
 from sweeps.errors import StateError, SweepNotFoundError
-from sweeps.events import EVENT, Event, SweepCreated
+from sweeps.events import EVENT, Event, Record, SweepCreated
 
 _METADATA = sa.MetaData()
 
@@ -39,21 +39,6 @@ _EVENTS = sa.Table(
     sa.Column("payload", sa.Text, nullable=False),
     sa.Index("events_of_sweep", "sweep", "seq"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """An event with its place.
-
-    Attributes:
-        seq: its number in the ledger; later events have larger ones.
-        at_s: when it was appended, in seconds since the epoch.
-        event: what happened.
-    """
-
-    seq: int
-    at_s: float
-    event: Event
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from sweeps.events import (
     JobEnded,
     JobStarted,
     MemberDiverged,
+    Record,
     ReportWritten,
     RungReported,
     SweepCreated,
@@ -39,7 +40,6 @@ from sweeps.events import (
     TrialAsked,
     TrialTold,
 )
-from sweeps.ledger import Record
 from sweeps.records import fold
 from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sweeps.events import (
     Certified,
@@ -14,6 +14,7 @@ from sweeps.events import (
     JobStarted,
     MemberDiverged,
     QueueMoved,
+    Record,
     ReportWritten,
     RungReported,
     SweepCreated,
@@ -24,10 +25,12 @@ from sweeps.events import (
     TrialState,
     TrialTold,
 )
-from sweeps.ledger import Ledger, Record
 from sweeps.plan import Plan
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec
+
+if TYPE_CHECKING:  # a database is not needed to fold what a service sends
+    from sweeps.ledger import Ledger
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from sweeps.events import (
     JobEnded,
     JobStarted,
     MemberDiverged,
+    Record,
     RungReported,
     SweepExtended,
     TrialAsked,
@@ -40,7 +41,6 @@ from sweeps.events import (
     TrialTold,
 )
 from sweeps.jobs import JobOrder, JobResult, MemberOrder, MemberResult
-from sweeps.ledger import Record
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SweepSpec

@@ -357,6 +357,15 @@ def load_spec(path: Path) -> SpecDocument:
         InputError: there is no such file, or it is not UTF-8 text that can be read.
         SpecError: it holds no spec; see `parse_spec`.
     """
+    return parse_spec(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """Reads the text of a spec's file, for whoever does not look into it.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8 text that can be read.
+    """
     try:
         with path.open("rb") as file:
             # One byte more than allowed, so that an endless device is refused for its size too.
@@ -374,11 +383,10 @@ def load_spec(path: Path) -> SpecDocument:
     if len(raw) > MAX_BYTES:
         raise InputError(f"{path}: required a spec of at most {MAX_BYTES:,} bytes; found a larger file")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = f"the byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise InputError(f"{path}: required UTF-8 text; found {byte}; save the file as UTF-8") from None
-    return parse_spec(text, str(path))
 
 
 def json_schema() -> dict[str, Any]:

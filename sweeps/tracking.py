@@ -20,8 +20,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from sweeps.errors import TrackingError
-from sweeps.events import Delivered
-from sweeps.ledger import Ledger, Record
+from sweeps.events import Delivered, Record
+from sweeps.ledger import Ledger
 from sweeps.projection import ARTIFACTS_DELIVERED, ARTIFACTS_TAG, Projection, RunKey, RunWrite
 from sweeps.secrecy import hide_passwords
 from sweeps.tracking_address import (

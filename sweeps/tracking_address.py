@@ -17,8 +17,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from sweeps.errors import TrackingError
 from sweeps.secrecy import hide_passwords
 
@@ -144,6 +142,8 @@ def _newest_schema() -> str | None:
 
 def _check_database(uri: str) -> None:
     required = f"tracking.uri must name a database that can be reached; {hide_passwords(uri)}"
+    import sqlalchemy as sa  # whoever only shows an address needs none
+
     try:
         url = sa.make_url(uri)
         bounded = url.get_driver_name() in ("psycopg", "psycopg2", "pymysql", "mysqldb")

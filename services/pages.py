@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 
 from services.access import COOKIE, LOGIN, Reader, Served, Submitter, address_of, form_of
 from services.auth import Principal
-from services.exporting import packed
+from services.exports import packed
 from services.page_views import in_queue_order, sweep_view
 from services.routes import Form, SweepRef
 from services.schemas import Problem

@@ -26,7 +26,7 @@ from services.schemas import Accepted, Export, SweepPage, SweepStatus, SweepSumm
 from services.settings import Settings
 from services.store import DRIVEN, AuditEntry, KeyTakenError, Store, Submission
 from services.supervisor import Supervisor
-from services.views import finite, status, summary
+from services.views import finite, plan_of, status, summary
 from sweeps.best import Best, best_point
 from sweeps.errors import InputError, SweepNotFoundError
 from sweeps.events import SweepCreated
@@ -360,8 +360,7 @@ class Service:
         if row.state in DRIVEN:
             raise RefusedError(f"what is extended must not run; {row.sweep} is {row.state}: cancel it first, or wait")
         with self._records.reading(row.sweep) as record:
-            has = record.plan if row.trials == record.plan.trials else record.plan.with_trials(record.spec, row.trials)
-            extended(has, record.spec, trials)  # or it says why not
+            extended(plan_of(record, row), record.spec, trials)  # or it says why not
         self._check_trials(row.owner, trials)
         audit = self._audit(who, "extend", row.sweep, detail=f"to {trials} trials", address=address)
         return self._queue_again(who, row, audit, trials=trials)

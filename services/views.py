@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from services.schemas import MlflowLink, Progress, State, SweepStatus, SweepSummary
 from sweeps.best import Best, best_point
+from sweeps.plan import Plan
 from sweeps.records import SweepRecord
 from sweeps.tracking_address import run_url
 
@@ -34,7 +35,7 @@ def summary(record: SweepRecord, row: Submission | None, state: State) -> SweepS
         reason=row.reason if row else _reason(record),
         created=utc(record.created_at_s),
         trials=record.counts(),
-        trials_planned=record.plan.trials,
+        trials_planned=plan_of(record, row).trials,
         metric=record.spec.metric.name,
         best=None if best is None else best.value,
     )
@@ -57,14 +58,14 @@ def status(
         mlflow_url: where people reach MLflow, if not at the tracking URI.
         ray_url: the cluster's dashboard.
     """
-    counts, plan = record.counts(), record.plan
+    counts, plan = record.counts(), plan_of(record, row)
     return SweepStatus(
         **dict(summary(record, row, state)),
         priority=row.priority if row else 0,
         shared=row.shared if row else False,
         progress=Progress(
             trials_ended=sum(counts.values()) - counts["waiting"],
-            trials_planned=row.trials if row else plan.trials,
+            trials_planned=plan.trials,
             jobs_ended=len(record.jobs_ended),
             # What was lost with a driver is under way again once the next one drives.
             jobs_under_way=len(record.jobs_started) - len(record.jobs_ended) if state in _DRIVEN else 0,
@@ -79,6 +80,12 @@ def status(
         device_hours=row.used_device_s / 3600 if row else 0.0,
         plan=plan,
     )
+
+
+def plan_of(record: SweepRecord, row: Submission | None) -> Plan:
+    """What would run, with the trials that the sweep is to be given once it is driven again."""
+    plan = record.plan
+    return plan if row is None or row.trials == plan.trials else plan.with_trials(record.spec, row.trials)
 
 
 def finite(best: Best | None) -> Best | None:

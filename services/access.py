@@ -28,7 +28,7 @@ _OPEN = "/healthz"
 
 async def guard(request: Request) -> None:
     """Lets nobody in without a valid token: every route has this, whatever else it has, but /healthz."""
-    if request.url.path == _OPEN:
+    if request.scope["path"] == _OPEN:  # and not of its URL, which is made with the Host header
         return
     shown = await _shown_token(request)
     service: Service = request.app.state.service
@@ -63,7 +63,7 @@ async def _shown_token(request: Request) -> str | None:
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return text.strip()
-    if request.url.path == LOGIN and request.method == "POST":
+    if request.scope["path"] == LOGIN and request.method == "POST":
         return _typed(await request.body())
     # A browser sends its cookie to whoever's page asks it to: what changes something must come from a page of ours.
     if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site", "none") != "same-origin":

@@ -14,6 +14,10 @@ from services.service import Service
 from services.streaming import Hub
 
 
+_METHODS = ("GET", "HEAD", "POST")
+"""Those that routes have; what else clients write is theirs to invent, and makes no series of its own."""
+
+
 class Metrics:
     """The service's own registry: counts as they come, and looks at the rest when it is asked."""
 
@@ -42,7 +46,8 @@ class Metrics:
         finally:
             # The route and not the path, which has as many values as there are sweeps.
             route = getattr(request.scope.get("route"), "path", "none")
-            self._requests.labels(request.method if status != 405 else "other", route, status).inc()
+            method = request.method if request.method in _METHODS and status != 405 else "other"
+            self._requests.labels(method, route, status).inc()
             self._seconds.labels(route).observe(time.perf_counter() - began_s)
 
     def text(self) -> bytes:

@@ -63,7 +63,7 @@ async def _shown_token(request: Request) -> str | None:
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return text.strip()
-    if request.scope["path"] == LOGIN and request.method == "POST":
+    if request.url.path == LOGIN and request.method == "POST":
         return _typed(await request.body())
     # A browser sends its cookie to whoever's page asks it to: what changes something must come from a page of ours.
     if request.method not in ("GET", "HEAD") and request.headers.get("sec-fetch-site", "none") != "same-origin":

@@ -13,7 +13,6 @@ from prometheus_client.registry import Collector
 from services.service import Service
 from services.streaming import Hub
 
-
 _METHODS = ("GET", "HEAD", "POST")
 """Those that routes have; what else clients write is theirs to invent, and makes no series of its own."""
 

@@ -101,16 +101,18 @@ async def _of_request(_request: Request, error: Exception) -> JSONResponse:
 async def _of_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     detail = str(error.detail)
-    if detail == HTTPStatus(error.status_code).phrase:  # the router's own words
-        detail = _UNROUTED.get(error.status_code, detail).format(method=request.method)
+    if detail in _OF_FASTAPI:
+        detail = _OF_FASTAPI[detail].format(method=request.method)
     return problem(error.status_code, detail, headers=error.headers)
 
 
-_UNROUTED: dict[int, str] = {
-    HTTPStatus.NOT_FOUND: "a request must be for one of the service's routes, which /openapi.json lists; this is none",
-    HTTPStatus.METHOD_NOT_ALLOWED: "a route must be asked with a method that it has, as /openapi.json lists them; this "
-    "one does not have {method}",
+_OF_FASTAPI = {
+    "Not Found": "a request must be for one of the service's routes, which /openapi.json lists; this is none",
+    "Method Not Allowed": "a route must be asked with a method that it has, as /openapi.json lists them; this one has no "
+    "{method}",
+    "There was an error parsing the body": "a body must be JSON in UTF-8; found something else",
 }
+"""What FastAPI says by itself, in better words."""
 
 
 def fault_of_ours(scope: Scope, error: Exception) -> JSONResponse:

@@ -14,7 +14,7 @@ from lora_core import __version__
 from services import pages, problems, routes
 from services.access import guard
 from services.edge import BodyLimit, KnownHosts, OwnFaults, SafeHeaders
-from services.metrics import Metrics
+from services.metrics import Measured, Metrics
 from services.service import Service
 from services.streaming import Hub
 
@@ -54,9 +54,9 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
     app.include_router(routes.root)
     app.include_router(routes.v1)
     app.include_router(pages.router)
-    app.middleware("http")(app.state.metrics.measure)
     app.add_middleware(BodyLimit)
     app.add_middleware(OwnFaults)
+    app.add_middleware(Measured, metrics=app.state.metrics)
     app.add_middleware(KnownHosts, hosts=service.settings.hosts)
     app.add_middleware(SafeHeaders)
     return app

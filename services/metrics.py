@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
-from fastapi import Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.service import Service
 from services.streaming import Hub
@@ -34,24 +34,35 @@ class Metrics:
         )
         self.refused = Counter("lora_sweeps_refused_tokens", "Requests without a valid token.", registry=self._registry)
 
-    async def measure(self, request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        """Counts and times a request; a middleware."""
-        began_s = time.perf_counter()
-        status = 500
-        try:
-            answer = await call(request)
-            status = answer.status_code
-            return answer
-        finally:
-            # The route and not the path, which has as many values as there are sweeps.
-            route = getattr(request.scope.get("route"), "path", "none")
-            method = request.method if request.method in _METHODS and status != 405 else "other"
-            self._requests.labels(method, route, status).inc()
-            self._seconds.labels(route).observe(time.perf_counter() - began_s)
+    def count(self, scope: Scope, status: int, seconds: float) -> None:
+        """Counts an answer that took so long to begin."""
+        # The route and not the path, which has as many values as there are sweeps.
+        route = getattr(scope.get("route"), "path", "none")
+        method = scope["method"] if scope["method"] in _METHODS and status != 405 else "other"
+        self._requests.labels(method, route, status).inc()
+        self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
         """Everything, in Prometheus' format."""
         return generate_latest(self._registry)
+
+
+class Measured:
+    """Counts and times every answer; a middleware."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, and its answer back."""
+        began_s = time.perf_counter()
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count(scope, message["status"], time.perf_counter() - began_s)
+            await send(message)
+
+        await self._app(scope, receive, noted if scope["type"] == "http" else send)
 
 
 class _Looked(Collector):

@@ -108,8 +108,8 @@ async def _of_http(request: Request, error: Exception) -> JSONResponse:
 
 _OF_FASTAPI = {
     "Not Found": "a request must be for one of the service's routes, which /openapi.json lists; this is none",
-    "Method Not Allowed": "a route must be asked with a method that it has, as /openapi.json lists them; this one has no "
-    "{method}",
+    "Method Not Allowed": "a route must be asked with a method that it has, as /openapi.json lists them; this one has "
+    "no {method}",
     "There was an error parsing the body": "a body must be JSON in UTF-8; found something else",
 }
 """What FastAPI says by itself, in better words."""

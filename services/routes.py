@@ -33,6 +33,7 @@ from sweeps.best import Best
 from sweeps.errors import InputError
 from sweeps.events import QueueState
 from sweeps.plan import Plan
+from sweeps.secrecy import hide_passwords
 from sweeps.spec import json_schema
 
 _SWEEP = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
@@ -92,7 +93,7 @@ async def healthz() -> Health:
 @root.get("/readyz", operation_id="readyz", responses=answers(401) | {503: {"model": Health}})
 def readyz(service: Served, _who: Reader) -> Response:
     """Whether the database answers and the queue is looked after."""
-    reason = service.unready()
+    reason = hide_passwords(service.unready())
     health = Health(status="not ready" if reason else "ok", reason=reason)
     return JSONResponse(health.model_dump(), HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK)
 

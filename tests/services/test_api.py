@@ -12,8 +12,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ruamel.yaml
 from prometheus_client.parser import text_string_to_metric_families
-from ruamel.yaml import YAML as Yaml
 
 from services.planning import BusyError
 from services.store import OPEN
@@ -24,6 +24,11 @@ from tests.services.service_support import TINY_SPEC, YAML
 from tests.support import ROOT, run_json
 
 STATES: tuple[QueueState, ...] = (*OPEN, "paused", "finished", "failed", "cancelled")
+
+
+def loaded(text: Any) -> Any:
+    """A YAML text or file as plain objects."""
+    return ruamel.yaml.YAML(typ="safe").load(text)
 
 
 @pytest.fixture
@@ -108,7 +113,7 @@ def test_a_spec_is_planned_and_queued(site: Site):
 
 
 def test_a_spec_may_be_json(site: Site):
-    spec = json.dumps(Yaml(typ="safe").load(TINY_SPEC))
+    spec = json.dumps(loaded(TINY_SPEC))
     answer = site.client().post("/v1/sweeps", content=spec, headers={"Content-Type": "application/json"})
     assert answer.status_code == 201, answer.text
     yaml = posted(site.client()).json()["plan"]
@@ -165,11 +170,22 @@ def test_what_is_neither_yaml_nor_json_is_refused(site: Site, media: str):
     assert problem_of(answer, 415)["detail"].startswith("a spec must be sent as application/yaml or application/json")
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"\xff\xfe", b"{", b"[]", b"name: \x00", b"a: *b", b"!!python/object/apply:os.system [ls]", b"- " * 5000]
-    + [b'{"name": "x", "tracking": {"experiment": "\\ud800"}}', b"[" * 20_000, b"a: &a [*a, *a]"],
-)
+HOSTILE = {
+    "nothing": b"",
+    "no UTF-8": b"\xff\xfe",
+    "cut off": b"{",
+    "a list": b"[]",
+    "NUL": b"name: \x00",
+    "no anchor": b"a: *b",
+    "a Python object": b"!!python/object/apply:os.system [ls]",
+    "deep YAML": b"- " * 5000,
+    "deep JSON": b"[" * 20_000,
+    "a circle": b"a: &a [*a, *a]",
+    "half a character": b'{"name": "x", "tracking": {"experiment": "\\ud800"}}',
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 def test_no_body_brings_the_service_down(site: Site, body: bytes):
     for path in ("/v1/sweeps", "/v1/plan"):
         problem_of(site.client().post(path, content=body, headers=YAML), 422)
@@ -177,7 +193,7 @@ def test_no_body_brings_the_service_down(site: Site, body: bytes):
 
 
 def test_text_that_is_no_unicode_is_refused_wherever_it_stands(site: Site):
-    spec = Yaml(typ="safe").load(TINY_SPEC) | {"tracking": {"experiment": "a\ud800"}}
+    spec = loaded(TINY_SPEC) | {"tracking": {"experiment": "a\ud800"}}
     answer = site.client().post("/v1/sweeps", content=json.dumps(spec), headers=YAML)
     problem_of(answer, 422)
 
@@ -593,7 +609,7 @@ def test_a_plan_submits_nothing(site: Site):
     before = site.snapshot()
     body = site.client().post("/v1/plan", content=TINY_SPEC, headers=YAML).json()
     assert (body["trials"], body["seconds"]) == (4, None)
-    spec = json.dumps(Yaml(typ="safe").load(TINY_SPEC))
+    spec = json.dumps(loaded(TINY_SPEC))
     media = {"Content-Type": "application/json"}
     assert site.client().post("/v1/plan", content=spec, headers=media).json() == body
     timed = site.client().post("/v1/plan?timed=true", content=TINY_SPEC, headers=YAML).json()
@@ -601,30 +617,25 @@ def test_a_plan_submits_nothing(site: Site):
     assert site.snapshot() == before
 
 
-TRANSLATIONS: list[tuple[dict[str, Any], list[str]]] = [
-    (
-        {"rank": 8, "alpha": 16, "lr": 2e-4, "to_alpha": 32},
-        ["--rank", "8", "--alpha", "16", "--lr", "2e-4", "--to-alpha", "32"],
-    ),
+TRANSLATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"rank": 8, "alpha": 16, "lr": 2e-4, "to_alpha": 32}, "--rank 8 --alpha 16 --lr 2e-4 --to-alpha 32"),
     (
         {"optimizer": "sgd", "rank": 8, "alpha": "2*rank", "lr": 0.1, "lr_ratio": 4, "to_init_scale": 1},
-        ["--optimizer", "sgd", "--rank", "8", "--alpha", "2*rank", "--lr", "0.1", "--lr-ratio", "4"]
-        + ["--to-init-scale", "1"],
+        "--optimizer sgd --rank 8 --alpha 2*rank --lr 0.1 --lr-ratio 4 --to-init-scale 1",
     ),
     (
         {"rank": 8, "alpha": 16, "lr": 2e-4, "weight_decay": 0.01, "clip_norm": 1, "constants": {"eps": 1e-8}}
         | {"rslora": True, "to_rslora": False},
-        ["--rank", "8", "--alpha", "16", "--lr", "2e-4", "--weight-decay", "0.01", "--clip-norm", "1", "--eps", "1e-8"]
-        + ["--rslora", "--to-lora"],
+        "--rank 8 --alpha 16 --lr 2e-4 --weight-decay 0.01 --clip-norm 1 --eps 1e-8 --rslora --to-lora",
     ),
 ]
 
 
 @pytest.mark.parametrize(("asked", "options"), TRANSLATIONS)
-def test_translate_says_what_the_command_says(site: Site, tmp_path: Path, asked: dict[str, Any], options: list[str]):
+def test_translate_says_what_the_command_says(site: Site, tmp_path: Path, asked: dict[str, Any], options: str):
     answer = site.client().post("/v1/translate", json=asked)
     assert answer.status_code == 200, answer.text
-    assert answer.json() == run_json("translate", *options, "--json", cwd=tmp_path)
+    assert answer.json() == run_json("translate", *options.split(), "--json", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -660,8 +671,8 @@ def test_the_schema_is_one_and_the_examples_fit_it(site: Site):
     jsonschema.validators.validator_for(schema).check_schema(schema)
     examples = [ROOT / "examples" / "digits.yaml"]
     for path in examples:
-        jsonschema.validate(Yaml(typ="safe").load(path), schema)
-    wrong = Yaml(typ="safe").load(TINY_SPEC) | {"trian": {}}
+        jsonschema.validate(loaded(path), schema)
+    wrong = loaded(TINY_SPEC) | {"trian": {}}
     with pytest.raises(jsonschema.ValidationError, match="trian"):
         jsonschema.validate(wrong, schema)
 

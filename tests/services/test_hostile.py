@@ -59,6 +59,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     with open_site(
         tmp_path, models=tmp_path / "models", data=tmp_path / "data", entrypoints=("fine.tasks:make",)
     ) as one:
+        one.service.scratch()
         one.enter("one", *trained([0.5]), state="finished")
         yield one
 
@@ -109,7 +110,8 @@ def test_a_hostile_name_of_a_sweep_reaches_nothing(site: Site, name: str):
         for tail in ("cancel", "resume", "extend"):
             status = answer_to(site, "POST", f"/v1/sweeps/{path}/{tail}")
             assert status in (404, 405, 422) if "/" in name else status == 422
-    assert (everything(site), site.snapshot()) == (before, rows)
+    assert everything(site) == before
+    assert site.snapshot() == rows
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
@@ -132,7 +134,8 @@ def test_a_hostile_name_in_a_query_is_refused(site: Site, name: str):
         answer = client.get(path, params=query)
         assert "set-cookie" not in answer.headers
         problem_of(answer, 422)
-    assert (everything(site), site.snapshot()) == (before, rows)
+    assert everything(site) == before
+    assert site.snapshot() == rows
 
 
 def spec_with(**changes: str) -> str:
@@ -161,7 +164,8 @@ def test_a_hostile_name_in_a_spec_is_refused_at_its_place(site: Site, key: str, 
         assert PLACES[key] in [(fault["path"], fault["line"]) for fault in body["faults"]], body["detail"]
         assert str(site.home.parent) not in body["detail"]
         assert "root:x:" not in body["detail"]
-    assert (everything(site), site.snapshot()) == (before, rows)
+    assert everything(site) == before
+    assert site.snapshot() == rows
 
 
 @pytest.mark.parametrize("entrypoint", ["os:system", "posix:system", "builtins:eval", "fine.tasks:make.__globals__"])

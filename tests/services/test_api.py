@@ -1,11 +1,10 @@
-"""Every route by hand: what it answers, what it refuses, and in which words."""
+"""Routes by hand: the service itself, submissions, specs, the audit log, and what goes wrong."""
 
 from __future__ import annotations
 
-import io
+import asyncio
 import json
 import logging
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ import pytest
 import ruamel.yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.edge import BrokenAnswerError
 from services.planning import BusyError
-from services.store import OPEN
 from sweeps.errors import InputError, StateError
-from sweeps.events import DriverStarted, QueueState, SweepExtended
 from tests.services.api_support import Site, open_site, posted, problem_of, trained
 from tests.services.service_support import TINY_SPEC, YAML
 from tests.support import ROOT, run_json
-
-STATES: tuple[QueueState, ...] = (*OPEN, "paused", "finished", "failed", "cancelled")
 
 
 def loaded(text: Any) -> Any:
@@ -210,398 +206,6 @@ def test_a_users_trials_are_limited(tmp_path: Path, limit: int, words: str, stat
         assert len(site.store.page(limit=9)) == (limit >= 4)
 
 
-# -- the list ----------------------------------------------------------------------------------------------------------
-
-
-def listed(site: Site, token: str | None = "", **query: Any) -> list[str]:
-    """All pages of a list, one after the other."""
-    found: list[str] = []
-    while True:
-        answer = site.client(token).get("/v1/sweeps", params=query)
-        assert answer.status_code == 200, answer.text
-        page = answer.json()
-        assert len(page["sweeps"]) <= query.get("limit", 50)
-        found += [one["sweep"] for one in page["sweeps"]]
-        if page["next"] is None:
-            return found
-        query["after"] = page["next"]
-
-
-@pytest.mark.parametrize("limit", [1, 3, 7, 8, 200])
-def test_pages_have_every_sweep_once_latest_first(site: Site, limit: int):
-    names = [site.enter(f"s{number}") for number in range(7)]
-    # Two that came at the same moment are told apart by their ids.
-    names += [site.enter(name, submitted_at_s=2e9) for name in ("twin-a", "twin-b")]
-    assert listed(site, limit=limit) == names[::-1]
-
-
-def test_a_sweep_that_comes_while_pages_are_turned_makes_no_gap_and_no_repeat(site: Site):
-    names = [site.enter(f"s{number}") for number in range(4)]
-    first = site.client().get("/v1/sweeps", params={"limit": 2}).json()
-    site.enter("new")
-    rest = listed(site, limit=2, after=first["next"])
-    assert [one["sweep"] for one in first["sweeps"]] + rest == names[::-1]
-
-
-def test_lists_are_filtered_by_state_owner_and_name(site: Site):
-    for state in STATES:
-        site.enter(f"in-{state}", state=state, owner="bob" if state in OPEN else "ann", name=f"n-{state}")
-    assert listed(site, state=["queued", "paused"]) == ["in-paused", "in-queued"]
-    assert listed(site, owner="ann", state="running") == []
-    assert set(listed(site, owner="bob")) == {f"in-{state}" for state in OPEN}
-    assert listed(site, name="n-failed", limit=1) == ["in-failed"]
-    assert len(listed(site, site.token("bob"))) == len(OPEN)
-
-
-@pytest.mark.parametrize(
-    "query",
-    [{"limit": 0}, {"limit": 201}, {"limit": "x"}, {"state": "odd"}, {"name": "a\0"}, {"owner": "../x"}]
-    + [{"after": after} for after in ("", "x", "1", ":", "nan:a", "inf:a", "1:\0", "1:a/b", "-1:a", "1e999:a")],
-)
-def test_a_list_refuses_what_it_does_not_know(site: Site, query: dict[str, Any]):
-    problem_of(site.client().get("/v1/sweeps", params=query), 422)
-
-
-# -- one sweep ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_status_has_progress_and_the_best_so_far_while_it_runs(site: Site):
-    site.enter("one", DriverStarted(resumed=False), *trained([0.5, 0.2, float("nan"), None]), state="running")
-    body = site.client().get("/v1/sweeps/one").json()
-    assert (body["state"], body["owner"], body["best"]) == ("running", "ann", 0.2)
-    assert body["trials"]["waiting"] == 1
-    assert body["progress"]["trials_ended"] == 3
-    assert body["progress"]["trials_planned"] == 4
-    assert (body["progress"]["jobs_ended"], body["progress"]["jobs_under_way"]) == (3, 1)
-    assert (body["best_point"]["trial"], body["best_point"]["lr"]) == (1, 0.02)
-    assert body["mlflow"]["url"] is None
-    site.ledger.append("one", trained([None, None, None, 0.1])[-3:])
-    assert site.client().get("/v1/sweeps/one").json()["best"] == 0.1
-
-
-@pytest.mark.parametrize("reference", ["one", "tiny", "last"])
-def test_a_sweep_goes_by_its_id_its_name_and_last(site: Site, reference: str):
-    site.enter("one")
-    assert site.client().get(f"/v1/sweeps/{reference}").json()["sweep"] == "one"
-
-
-def test_a_queued_sweep_says_why_it_waits(site: Site):
-    site.enter("busy", state="running", devices=2.0)
-    site.enter("one")
-    assert "free" in site.client().get("/v1/sweeps/one").json()["reason"]
-
-
-@pytest.mark.parametrize("path", ["", "/events", "/logs", "/best", "/report", "/adapter", "/export?format=peft"])
-def test_a_sweep_that_is_not_there_is_a_404_in_words(site: Site, path: str):
-    detail = problem_of(site.client().get(f"/v1/sweeps/nobody{path}"), 404)["detail"]
-    assert "must be named by its id, its name or `last`; found 'nobody'" in detail
-
-
-def test_there_is_no_best_before_a_trial_has_finished(site: Site):
-    site.enter("one", *trained([None]), state="running")
-    detail = problem_of(site.client().get("/v1/sweeps/one/best"), 404)["detail"]
-    assert detail == "a best point needs a finished trial; one is running and has none"
-
-
-def test_the_best_point_is_the_status_own(site: Site):
-    site.enter("one", *trained([0.5, 0.2]), state="finished")
-    best = site.client().get("/v1/sweeps/one/best").json()
-    assert best == site.client().get("/v1/sweeps/one").json()["best_point"]
-    assert (best["value"], best["default_init"]["alpha"]) == (0.2, 4.0)
-
-
-# -- logs --------------------------------------------------------------------------------------------------------------
-
-
-def write_log(site: Site, sweep: str, content: bytes) -> None:
-    path = site.service.home.logs(sweep)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-
-
-def test_a_log_that_is_not_there_yet_is_empty(site: Site):
-    site.enter("one")
-    assert site.client().get("/v1/sweeps/one/logs").json() == {"text": "", "offset": 0, "next": 0}
-
-
-def followed(site: Site, sweep: str) -> bytes:
-    """The log from its beginning, part by part."""
-    found, offset = b"", 0
-    while True:
-        part = site.client().get(f"/v1/sweeps/{sweep}/logs", params={"offset": offset}).json()
-        assert part["offset"] == offset
-        if part["next"] == offset:
-            return found
-        found, offset = found + part["text"].encode(), part["next"]
-
-
-def test_a_followed_log_is_the_file(site: Site):
-    site.enter("one")
-    content = "".join(f"line {number} äöü\n" for number in range(40_000)).encode()
-    write_log(site, "one", content + b"not ended")
-    assert followed(site, "one") == content
-    write_log(site, "one", content + b"not ended, but now\n")
-    assert followed(site, "one") == content + b"not ended, but now\n"
-
-
-def test_without_an_offset_a_log_ends_with_its_last_line_and_begins_with_a_whole_one(site: Site):
-    site.enter("one")
-    content = "".join(f"line {number}\n" for number in range(60_000)).encode()
-    write_log(site, "one", content)
-    part = site.client().get("/v1/sweeps/one/logs").json()
-    assert part["next"] == len(content)
-    assert content[part["offset"] :] == part["text"].encode()
-    assert content[part["offset"] - 1 : part["offset"]] == b"\n"
-    assert len(part["text"]) <= 256 * 1024
-
-
-def test_a_log_has_no_secret_wherever_one_begins_to_read(site: Site):
-    site.enter("one")
-    line = b"delivering to postgresql://ann:canary-7311@host/db?password=canary-7311\n"
-    content = b"before\n" + line + b"after\n"
-    write_log(site, "one", content)
-    for offset in range(len(content)):
-        part = site.client().get("/v1/sweeps/one/logs", params={"offset": offset})
-        assert not any(piece in part.text for piece in ("canary", "anary-", "-7311", "7311", "311"))
-        assert part.json()["next"] == len(content)
-
-
-def test_a_line_beyond_all_bounds_is_got_over(site: Site):
-    site.enter("one")
-    content = b"a" * 700_000 + b"\nend\n"
-    write_log(site, "one", content)
-    offset, texts = 0, []
-    while (part := site.client().get("/v1/sweeps/one/logs", params={"offset": offset}).json())["next"] > offset:
-        offset, texts = part["next"], [*texts, part["text"]]
-    assert offset == len(content)
-    assert texts[0] == "a" * 256 * 1024
-    assert texts[-1] == "end\n"
-
-
-def test_an_offset_beyond_the_end_is_the_end(site: Site):
-    site.enter("one")
-    write_log(site, "one", b"a\n")
-    assert site.client().get("/v1/sweeps/one/logs?offset=99").json() == {"text": "", "offset": 2, "next": 2}
-    problem_of(site.client().get("/v1/sweeps/one/logs?offset=-1"), 422)
-
-
-# -- changing ----------------------------------------------------------------------------------------------------------
-
-# What becomes of a sweep in each state; None: it is refused, and nothing happens.
-CHANGES: dict[str, dict[QueueState, QueueState | None]] = {
-    "cancel": {
-        "queued": "cancelled",
-        "starting": "starting",
-        "running": "running",
-        "degraded": "degraded",
-        "paused": "cancelled",
-        "finished": "finished",
-        "failed": "failed",
-        "cancelled": "cancelled",
-    },
-    "resume": {
-        "queued": None,
-        "starting": None,
-        "running": None,
-        "degraded": None,
-        "paused": "queued",
-        "finished": None,
-        "failed": "queued",
-        "cancelled": "queued",
-    },
-    "extend": {
-        "queued": "queued",
-        "starting": None,
-        "running": None,
-        "degraded": None,
-        "paused": "queued",
-        "finished": "queued",
-        "failed": "queued",
-        "cancelled": "queued",
-    },
-}
-
-
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("action", list(CHANGES))
-def test_what_may_be_done_to_a_sweep_in_each_state(site: Site, action: str, state: QueueState):
-    site.enter("one", *trained([0.5]), state=state)
-    before = site.snapshot()
-    extension = {"json": {"trials": 8}} if action == "extend" else {}
-    answer = site.client(site.token("ann")).post(f"/v1/sweeps/one/{action}", **extension)
-    row, becomes = site.store.get("one"), CHANGES[action][state]
-    if becomes is None:
-        detail = problem_of(answer, 409)["detail"]
-        assert f"one is {state}" in detail
-    else:
-        assert (answer.status_code, answer.json()["state"], row.state) == (202, becomes, becomes)
-    at_rest = action == "cancel" and state in ("finished", "failed", "cancelled")
-    if becomes is None or at_rest:
-        assert {name: rows for name, rows in site.snapshot().items() if name != "tokens" and name != "audit"} == {
-            name: rows for name, rows in before.items() if name != "tokens" and name != "audit"
-        }
-        assert audited(site) == [("ann", "submit", "one")]
-        return
-    assert audited(site)[0] == ("ann", action, "one")
-    assert row.wanted == ("cancel" if action == "cancel" and state == becomes else "")
-    assert row.trials == (8 if action == "extend" else 4)
-
-
-def test_cancelling_again_is_no_new_wish(site: Site):
-    site.enter("one", state="running")
-    for _ in range(2):
-        assert site.client().post("/v1/sweeps/one/cancel").status_code == 202
-    assert [action for _, action, _ in audited(site)] == ["cancel", "submit"]
-
-
-def test_who_did_what_is_in_the_sweeps_events_and_the_audit_log(site: Site):
-    site.enter("one")
-    site.client(site.token("ann")).post("/v1/sweeps/one/cancel")
-    assert site.ledger.read("one")[-1].event.by == "ann"  # type: ignore[union-attr]
-    entry = site.client().get("/v1/audit").json()["entries"][0]
-    assert (entry["user"], entry["action"], entry["sweep"], entry["address"]) == ("ann", "cancel", "one", "testclient")
-    assert len(entry["token"]) == 12
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"trials": 4}, "more than the 4"),
-        ({"trials": -1}, "more than the 4"),
-        ({"trials": 10**30}, "trials must be at most"),
-        ({}, "body.trials"),
-        ({"trials": "many"}, "body.trials"),
-        ({"trials": 8, "more": 1}, "body.more"),
-        ([], "body"),
-    ],
-)
-def test_an_extension_must_be_a_larger_number(site: Site, body: Any, words: str):
-    site.enter("one", *trained([0.5]), state="finished")
-    assert words in problem_of(site.client().post("/v1/sweeps/one/extend", json=body), 422)["detail"]
-    assert site.store.get("one").trials == 4
-
-
-def test_what_is_no_json_is_refused_where_json_is_asked_for(site: Site):
-    site.enter("one", *trained([0.5]), state="finished")
-    for path in ("/v1/sweeps/one/extend", "/v1/translate"):
-        media = {"Content-Type": "application/json"}
-        assert "JSON" in problem_of(site.client().post(path, content="{", headers=media), 422)["detail"]
-        assert "JSON" in problem_of(site.client().post(path, content=b"\xff", headers=media), 400)["detail"]
-        problem_of(site.client().post(path, content="trials: 9", headers=YAML), 422)
-
-
-def test_a_sweep_that_was_extended_before_is_extended_from_there(site: Site):
-    site.enter("one", *trained([0.5]), SweepExtended(trials=8), state="finished", trials=8)
-    assert (
-        "more than the 8" in problem_of(site.client().post("/v1/sweeps/one/extend", json={"trials": 8}), 422)["detail"]
-    )
-    assert site.client().post("/v1/sweeps/one/extend", json={"trials": 9}).json()["progress"]["trials_planned"] == 9
-
-
-def test_a_resumed_sweep_counts_among_its_owners_trials(tmp_path: Path):
-    with open_site(tmp_path, user_trials=6) as site:
-        site.enter("busy", owner="ann")
-        site.enter("one", *trained([0.5]), state="failed")
-        problem_of(site.client().post("/v1/sweeps/one/resume"), 429)
-        problem_of(site.client().post("/v1/sweeps/one/extend", json={"trials": 6}), 429)
-        assert site.store.get("one").state == "failed"
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_report_comes_as_json_markdown_and_html(site: Site):
-    site.enter("one", *trained([0.5, 0.2]), state="finished")
-    answers = {
-        form: site.client().get("/v1/sweeps/one/report", params={"format": form}) for form in ("json", "md", "html")
-    }
-    media = {form: answer.headers["content-type"] for form, answer in answers.items()}
-    assert media == {
-        "json": "application/json",
-        "md": "text/markdown; charset=utf-8",
-        "html": "text/html; charset=utf-8",
-    }
-    assert answers["json"].json()["sweep"] == "one"
-    assert answers["md"].text.startswith("# Collapse report: one")
-    assert answers["html"].text.startswith("<!doctype html>")
-    assert site.client().get("/v1/sweeps/one/report").json() == answers["json"].json()
-    problem_of(site.client().get("/v1/sweeps/one/report?format=pdf"), 422)
-
-
-def test_a_report_in_html_can_run_nothing(site: Site):
-    site.enter("one", *trained([0.5]), state="finished")
-    policy = site.client().get("/v1/sweeps/one/report?format=html").headers["content-security-policy"]
-    rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split(";")}
-    assert rules["default-src"] == ["'none'"]
-    assert set(rules["sandbox"]) <= {"allow-popups"}
-    assert "script-src" not in rules
-
-
-FORMS = ("peft", "trl", "axolotl", "llamafactory", "unsloth", "hf_trainer", "loralib")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_best_point_is_exported_for_every_trainer(site: Site, form: str):
-    from sweeps.export import FORMATS
-
-    assert set(FORMS) == set(FORMATS)
-    site.enter("one", *trained([0.5, 0.2]), state="finished")
-    body = site.client().get("/v1/sweeps/one/export", params={"format": form}).json()
-    assert (body["sweep"], body["trial"], body["format"], body["alpha"]) == ("one", 1, form, 4.0)
-    assert body["files"]
-    assert str(site.home) not in json.dumps(body)
-    zipped = site.client().get("/v1/sweeps/one/export", params={"format": form}, headers={"Accept": "application/zip"})
-    assert zipped.headers["content-type"] == "application/zip"
-    assert zipped.headers["content-disposition"] == f'attachment; filename="one-{form}.zip"'
-    with zipfile.ZipFile(io.BytesIO(zipped.content)) as archive:
-        assert {name: archive.read(name).decode() for name in archive.namelist()} == body["files"]
-
-
-def test_an_export_may_have_another_alpha_and_another_trial(site: Site):
-    site.enter("one", *trained([0.5, 0.2]), state="finished")
-    get = site.client().get
-    assert get("/v1/sweeps/one/export", params={"format": "peft", "trial": 0}).json()["trial"] == 0
-    for alpha, number in (("16", 16.0), ("8*rank", 16.0)):
-        body = get("/v1/sweeps/one/export", params={"format": "peft", "alpha": alpha}).json()
-        assert (body["alpha"], body["init_scale"]) == (number, 0.5)
-        assert json.loads(body["files"]["adapter_config.json"])["lora_alpha"] == number
-        assert any(each["name"] == "init_scale" for each in body["leftovers"])
-
-
-@pytest.mark.parametrize(
-    "query",
-    [{}, {"format": "pef"}, {"format": "peft", "trial": 99}, {"format": "peft", "trial": -1}]
-    + [
-        {"format": "peft", "alpha": alpha}
-        for alpha in ("", "0", "-1", "nan", "inf", "1e999", "rank*rank", "__import__('os')", "9" * 65, "2*\0", "√rank")
-    ],
-)
-def test_an_export_refuses_what_it_cannot_say(site: Site, query: dict[str, Any]):
-    site.enter("one", *trained([0.5, 0.2]), state="finished")
-    problem_of(site.client().get("/v1/sweeps/one/export", params=query), 422)
-
-
-def test_there_is_no_export_before_a_trial_has_finished(site: Site):
-    site.enter("one", *trained([None]), state="running")
-    answer = site.client().get("/v1/sweeps/one/export?format=peft")
-    assert "an export needs a finished trial" in problem_of(answer, 422)["detail"]
-
-
-def test_an_adapter_leaves_nothing_behind(site: Site, monkeypatch: pytest.MonkeyPatch):
-    site.enter("one", *trained([0.5]), state="finished")
-    answer = site.client().get("/v1/sweeps/one/adapter")
-    assert (answer.status_code, answer.content) == (200, b"PK")
-    assert answer.headers["content-disposition"] == 'attachment; filename="one-adapter.zip"'
-
-    async def broken(sweep: str, trial: int | None, archive: Path) -> None:
-        archive.write_bytes(b"half")
-        raise InputError("no adapter is kept of this trial")
-
-    monkeypatch.setattr(site.planner, "adapter", broken)
-    assert "no adapter is kept" in problem_of(site.client().get("/v1/sweeps/one/adapter"), 422)["detail"]
-    assert list((site.home / "scratch").iterdir()) == []
-
-
 # -- specs -------------------------------------------------------------------------------------------------------------
 
 
@@ -622,6 +226,11 @@ TRANSLATIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"optimizer": "sgd", "rank": 8, "alpha": "2*rank", "lr": 0.1, "lr_ratio": 4, "to_init_scale": 1},
         "--optimizer sgd --rank 8 --alpha 2*rank --lr 0.1 --lr-ratio 4 --to-init-scale 1",
+    ),
+    (
+        {"optimizer": "rprop", "rank": 8, "alpha": 16, "lr": 1e-3, "constants": {"step_sizes": [1e-6, 50]}}
+        | {"to_alpha": 64},
+        "--optimizer rprop --rank 8 --alpha 16 --lr 1e-3 --constant step_sizes=1e-6,50 --to-alpha 64",
     ),
     (
         {"rank": 8, "alpha": 16, "lr": 2e-4, "weight_decay": 0.01, "clip_norm": 1, "constants": {"eps": 1e-8}}
@@ -763,3 +372,43 @@ def test_every_route_puts_a_fault_of_ours_into_words(site: Site, monkeypatch: py
     monkeypatch.setattr(site.store, "get", broken)
     for path in ("/v1/sweeps", "/v1/sweeps/one", "/v1/sweeps/one/events", "/v1/sweeps/one/logs"):
         assert "canary" not in problem_of(site.client().get(path), 500)["detail"]
+
+
+def asked_by(site: Site, messages: list[dict[str, Any]], **scope: Any) -> list[Any]:
+    """What the application says to a request whose body comes in these messages."""
+    said: list[Any] = []
+    token = ("authorization", f"Bearer {site.admin}")
+    headers = [(name.encode(), value.encode()) for name, value in (("host", "localhost"), token)]
+    whole = {"type": "http", "method": "GET", "query_string": b"", "headers": headers} | scope
+
+    async def receive() -> dict[str, Any]:
+        if not messages:
+            await asyncio.Event().wait()  # its client stays, and says nothing more
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    asyncio.run(site.app(whole, receive, send))
+    return said
+
+
+def test_who_breaks_off_an_upload_is_no_fault_of_ours(site: Site, caplog: pytest.LogCaptureFixture):
+    begun = [{"type": "http.request", "body": b"name: t", "more_body": True}, {"type": "http.disconnect"}]
+    said = asked_by(site, begun, method="POST", path="/v1/sweeps")
+    assert [message for message in said if message["type"] == "http.response.start"] == []
+    assert caplog.text == ""
+    assert site.store.page(limit=1) == []
+
+
+def test_an_answer_that_breaks_in_the_middle_is_cut_off(site: Site, caplog: pytest.LogCaptureFixture):
+    site.enter("one", state="finished")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a canary")
+
+    site.ledger.read_raw = broken  # type: ignore[method-assign]
+    waiting = [{"type": "http.request", "body": b""}]
+    with pytest.raises(BrokenAnswerError):
+        asked_by(site, waiting, path="/v1/sweeps/one/events")
+    assert "fault" in caplog.text

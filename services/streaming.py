@@ -105,7 +105,11 @@ class Hub:
         try:
             while not self._closing.is_set():
                 news = channel.news
-                fresh = await self._fresh(sweep, channel, after)
+                try:
+                    fresh = await self._fresh(sweep, channel, after)
+                except InputError:  # the database is away: better to wait for it than to have every listener come again
+                    await asyncio.sleep(_LOOK_EVERY_S)
+                    continue
                 for sent in fresh:
                     after, state = sent.seq, sent.state or state
                     yield sent.data

@@ -269,6 +269,7 @@ class Failing(Ledger):
     """A ledger whose database is away when it is asked for the first few times."""
 
     faults = 3
+    read_once = False
 
     def last_seqs(self, sweeps: Any) -> dict[str, int]:
         self.faults -= 1
@@ -277,6 +278,12 @@ class Failing(Ledger):
         if self.faults == 2:
             raise ValueError("nobody foresaw this")
         return super().last_seqs(sweeps)
+
+    def read_raw(self, sweep: str, **how: Any) -> list[tuple[int, float, str]]:
+        if not self.read_once:
+            self.read_once = True
+            raise StateError("the ledger must be readable; it is not")
+        return super().read_raw(sweep, **how)
 
 
 def test_a_database_that_is_away_for_a_moment_silences_nobody(site: Site):
@@ -300,5 +307,6 @@ def test_a_database_that_is_away_for_a_moment_silences_nobody(site: Site):
 
     with ledger:
         moved, end = asyncio.run(heard())
+        assert ledger.read_once
     assert b"event: queue_moved" in moved
     assert b"event: end" in end

@@ -28,7 +28,7 @@ _OPEN = "/healthz"
 
 async def guard(request: Request) -> None:
     """Lets nobody in without a valid token: every route has this, whatever else it has, but /healthz."""
-    if request.url.path == _OPEN:
+    if request.scope["path"] == _OPEN:  # and not of its URL, which is made with the Host header
         return
     shown = await _shown_token(request)
     service: Service = request.app.state.service

@@ -10,12 +10,11 @@ from typing import Any
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lora_core import __version__
 from services import pages, problems, routes
 from services.access import guard
-from services.edge import BodyLimit, SafeHeaders
+from services.edge import BodyLimit, KnownHosts, OwnFaults, SafeHeaders
 from services.metrics import Measured, Metrics
 from services.service import Service
 from services.streaming import Hub
@@ -52,6 +51,7 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        redirect_slashes=False,  # behind a proxy it would lead from https to http, token and all
         lifespan=lifespan,
     )
     app.state.service, app.state.hub, app.state.metrics = service, hub, Metrics(service, hub)
@@ -60,10 +60,11 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
     app.include_router(routes.root)
     app.include_router(routes.v1)
     app.include_router(pages.router)
-    app.add_middleware(Measured, metrics=app.state.metrics)
     app.add_middleware(BodyLimit)
+    app.add_middleware(OwnFaults)
+    app.add_middleware(Measured, metrics=app.state.metrics)
+    app.add_middleware(KnownHosts, hosts=service.settings.hosts)
     app.add_middleware(SafeHeaders)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(service.settings.hosts))
     return app
 
 

@@ -13,6 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.service import Service
 from services.streaming import Hub
 
+_METHODS = ("GET", "HEAD", "POST")
+"""Those that routes have; what else clients write is theirs to invent, and makes no series of its own."""
+
 
 class Metrics:
     """The service's own registry: counts as they come, and looks at the rest when it is asked."""
@@ -35,7 +38,8 @@ class Metrics:
         """Counts and times an answer."""
         # The route and not the path, which has as many values as there are sweeps.
         route = getattr(scope.get("route"), "path", "none")
-        self._requests.labels(scope["method"] if status != 405 else "other", route, status).inc()
+        method = scope["method"] if scope["method"] in _METHODS and status != 405 else "other"
+        self._requests.labels(method, route, status).inc()
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:

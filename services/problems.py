@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from services.planning import BusyError
 from services.schemas import FaultModel, Problem
@@ -67,7 +68,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(InputError, _of_input)
     app.add_exception_handler(RequestValidationError, _of_request)
     app.add_exception_handler(HTTPException, _of_http)
-    app.add_exception_handler(Exception, _of_ours)
 
 
 async def _of_input(_request: Request, error: Exception) -> JSONResponse:
@@ -98,13 +98,25 @@ async def _of_request(_request: Request, error: Exception) -> JSONResponse:
     return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found))
 
 
-async def _of_http(_request: Request, error: Exception) -> JSONResponse:
+async def _of_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return problem(error.status_code, str(error.detail), headers=error.headers)
+    detail = str(error.detail)
+    if detail in _OF_FASTAPI:
+        detail = _OF_FASTAPI[detail].format(method=request.method)
+    return problem(error.status_code, detail, headers=error.headers)
 
 
-async def _of_ours(request: Request, error: Exception) -> JSONResponse:
+_OF_FASTAPI = {
+    "Not Found": "a request must be for one of the service's routes, which /openapi.json lists; this is none",
+    "Method Not Allowed": "a route must be asked with a method that it has, as /openapi.json lists them; this one has "
+    "no {method}",
+    "There was an error parsing the body": "a body must be JSON in UTF-8; found something else",
+}
+"""What FastAPI says by itself, in better words."""
+
+
+def fault_of_ours(scope: Scope, error: Exception) -> JSONResponse:
     """A fault of ours: whoever asked learns its number, and the log has the rest."""
     number = secrets.token_hex(4)
-    _LOG.error("fault %s: %s %s", number, request.method, request.url.path, exc_info=error)
+    _LOG.error("fault %s: %s %s", number, scope["method"], scope["path"], exc_info=error)
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, f"a fault of the service's own; its log has more at {number}")

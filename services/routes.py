@@ -33,11 +33,15 @@ from sweeps.best import Best
 from sweeps.errors import InputError
 from sweeps.events import QueueState
 from sweeps.plan import Plan
+from sweeps.secrecy import hide_passwords
 from sweeps.spec import json_schema
 
 _SWEEP = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _FILE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_USER = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
+_PLACE = r"^[0-9]{1,12}(\.[0-9]{1,12})?:[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
+_RULE = r"^[\x20-\x7e]{1,64}$"
 _KEY = r"^[\x21-\x7e]{1,255}$"
 _MOST_LOG_BYTES = 256 * 1024
 _MEDIA = ("application/yaml", "application/json", "application/x-yaml", "text/yaml", "text/plain")
@@ -89,7 +93,7 @@ async def healthz() -> Health:
 @root.get("/readyz", operation_id="readyz", responses=answers(401) | {503: {"model": Health}})
 def readyz(service: Served, _who: Reader) -> Response:
     """Whether the database answers and the queue is looked after."""
-    reason = service.unready()
+    reason = hide_passwords(service.unready())
     health = Health(status="not ready" if reason else "ok", reason=reason)
     return JSONResponse(health.model_dump(), HTTPStatus.SERVICE_UNAVAILABLE if reason else HTTPStatus.OK)
 
@@ -139,10 +143,10 @@ def list_sweeps(
     who: Reader,
     service: Served,
     state: Annotated[list[QueueState], Query(description="Only these.")] = [],  # noqa: B006  # read only
-    owner: Annotated[str | None, Query(max_length=64, description="Only this user's.")] = None,
-    name: Annotated[str | None, Query(max_length=64, description="Only those of this name.")] = None,
+    owner: Annotated[str | None, Query(pattern=_USER, description="Only this user's.")] = None,
+    name: Annotated[str | None, Query(pattern=_NAME, description="Only those of this name.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    after: Annotated[str | None, Query(max_length=200, description="`next` of the page before.")] = None,
+    after: Annotated[str | None, Query(pattern=_PLACE, description="`next` of the page before.")] = None,
 ) -> SweepPage:
     """Sweeps that you may see, latest first."""
     return service.page(who, after, limit, states=state, owner=owner, name=name)
@@ -158,7 +162,7 @@ def status(sweep: SweepRef, who: Reader, service: Served) -> SweepStatus:
     "/sweeps/{sweep}/events",
     operation_id="events",
     response_class=StreamingResponse,
-    responses=_READ | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses=_READ | {200: {"content": {"text/event-stream": {}}}},
 )
 async def events(
     sweep: SweepRef,
@@ -200,7 +204,7 @@ def resume(request: Request, sweep: SweepRef, who: Submitter, service: Served) -
     return service.status(service.resume(who, service.own(who, sweep), address_of(request)))
 
 
-@v1.post("/sweeps/{sweep}/extend", operation_id="extend", status_code=202, responses=_CHANGE)
+@v1.post("/sweeps/{sweep}/extend", operation_id="extend", status_code=202, responses=_CHANGE | answers(400))
 def extend(request: Request, sweep: SweepRef, extension: Extension, who: Submitter, service: Served) -> SweepStatus:
     """Give a sweep more trials, and queue it again."""
     return service.status(service.extend(who, service.own(who, sweep), extension.trials, address_of(request)))
@@ -248,7 +252,7 @@ def export(
     format: Annotated[Form, Query(description="The trainer.")],
     alpha: Annotated[
         str | None,
-        Query(max_length=64, description="A number or a rule; else that of its default init."),
+        Query(pattern=_RULE, description="A number or a rule; else that of its default init."),
     ] = None,
     trial: Annotated[int | None, Query(ge=0, le=2**31, description="This trial and not the best one.")] = None,
 ) -> Any:
@@ -305,7 +309,7 @@ async def plan(
     return await service.plan(await _text(request), source, timed=timed)
 
 
-@v1.post("/translate", operation_id="translate", responses=answers(401, 403, 413, 422, 503), tags=["specs"])
+@v1.post("/translate", operation_id="translate", responses=answers(400, 401, 403, 413, 422, 503), tags=["specs"])
 def translate(asked: Translate, _who: Reader) -> dict[str, Any]:
     """A training run with another alpha, lr or init scale: the same run."""
     return as_object(translation_of(asked))

@@ -202,7 +202,7 @@ class Translate(_Answer):
     weight_decay: float | None = None
     clip_norm: float | None = None
     rslora: bool = False
-    constants: dict[str, float] = {}
+    constants: dict[str, float | tuple[float, ...]] = {}
     preset: str | None = None
     to_alpha: str | float | None = None
     to_scaling: float | None = None

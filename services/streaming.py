@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections import deque
 from collections.abc import AsyncIterator
@@ -17,6 +18,8 @@ from services.store import OPEN
 from services.views import utc
 from sweeps.errors import InputError
 from sweeps.ledger import Ledger
+
+_LOG = logging.getLogger("lora_sweeps")
 
 _LOOK_EVERY_S = 0.25
 _KEEPALIVE_S = 15.0
@@ -74,8 +77,12 @@ class Hub:
     async def run(self) -> None:
         """Looks until it is closed."""
         while not self._closing.is_set():
-            with suppress(InputError):  # a database that is away is asked again
+            try:
                 await self._look()
+            except InputError:
+                pass  # a database that is away is asked again
+            except Exception:
+                _LOG.exception("events could not be looked at; tried again")  # else all streams would fall silent
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _LOOK_EVERY_S)
 
@@ -98,7 +105,11 @@ class Hub:
         try:
             while not self._closing.is_set():
                 news = channel.news
-                fresh = await self._fresh(sweep, channel, after)
+                try:
+                    fresh = await self._fresh(sweep, channel, after)
+                except InputError:  # the database is away: better to wait for it than to have every listener come again
+                    await asyncio.sleep(_LOOK_EVERY_S)
+                    continue
                 for sent in fresh:
                     after, state = sent.seq, sent.state or state
                     yield sent.data

@@ -314,7 +314,9 @@ class Service:
         """A point in a trainer's config format."""
         with self._records.reading(row.sweep) as record:
             made = export_of(record, trial_of(record, trial), form, alpha, self.scratch())
-        return made.model_copy(update={"files": {name: self._shown(text) for name, text in made.files.items()}})
+        files = {name: self.shown(text) for name, text in made.files.items()}
+        leftovers = tuple(one.model_copy(update={"text": self.shown(one.text)}) for one in made.leftovers)
+        return made.model_copy(update={"files": files, "leftovers": leftovers})
 
     async def report(self, row: Submission, form: str) -> str:
         """The collapse report, as `json`, `md` or `html`."""
@@ -322,11 +324,11 @@ class Service:
         key = f"{row.sweep} {form}"
         if (kept := self._reports.get(key)) is not None and kept[0] == version:
             return kept[1]
-        text = self._shown(await self.planner.report(row.sweep, form))
+        text = self.shown(await self.planner.report(row.sweep, form))
         _keep(self._reports, key, (version, text), most=_MOST_REPORTS)
         return text
 
-    def _shown(self, text: str) -> str:
+    def shown(self, text: str) -> str:
         """A text in which models and data go by the names that their users gave them."""
         return with_ids(hide_passwords(text), self._places)
 
@@ -378,7 +380,8 @@ class Service:
 
     def logs(self, row: Submission, *, offset: int | None, most_bytes: int) -> tuple[str, int, int]:
         """A stretch of the drivers' log; see `read_log`."""
-        return read_log(self.home.logs(row.sweep), offset=offset, most_bytes=most_bytes)
+        text, start, end = read_log(self.home.logs(row.sweep), offset=offset, most_bytes=most_bytes)
+        return self.shown(text), start, end
 
     def scratch(self) -> Path:
         """A directory for what is sent once and then deleted."""

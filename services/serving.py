@@ -221,7 +221,7 @@ def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: 
     from services.api import make_app
     from services.streaming import Hub
 
-    hub = Hub(service.ledger)
+    hub = Hub(service.ledger, service.shown)
     server: uvicorn.Server | None = None
 
     async def look_after() -> None:

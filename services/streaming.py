@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,8 +64,14 @@ class _Channel:
 class Hub:
     """Looks at the ledger for everybody who listens."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, shown: Callable[[str], str] = str) -> None:
+        """Listens to nothing yet.
+
+        Args:
+            ledger: where events come from.
+            shown: what listeners see of a text in which places of this machine may stand.
+        """
+        self._ledger, self._shown = ledger, shown
         self._channels: dict[str, _Channel] = {}
         self._closing = asyncio.Event()
 
@@ -131,7 +137,7 @@ class Hub:
         if channel.last_seq and after >= channel.complete_after:
             return [sent for sent in channel.recent if sent.seq > after]
         rows = await asyncio.to_thread(self._ledger.read_raw, sweep, after=after, limit=_BATCH)
-        return [_sent(*row) for row in rows]
+        return [self._sent(*row) for row in rows]
 
     async def _look(self) -> None:
         if not self._channels:
@@ -143,7 +149,7 @@ class Hub:
                 continue
             if channel.last_seq:
                 rows = await asyncio.to_thread(self._ledger.read_raw, sweep, after=channel.last_seq, limit=_BATCH)
-                channel.add([_sent(*row) for row in rows])
+                channel.add([self._sent(*row) for row in rows])
                 seq = rows[-1][0] if rows else seq
             else:
                 channel.complete_after = seq
@@ -151,12 +157,11 @@ class Hub:
             channel.news.set()
             channel.news = asyncio.Event()
 
-
-def _sent(seq: int, at_s: float, payload: str) -> Sent:
-    event = json.loads(payload)
-    data = json.dumps({"seq": seq, "at": utc(at_s), "event": _finite(event)}, separators=(",", ":"))
-    state = event["state"] if event["kind"] == "queue_moved" else ""
-    return Sent(seq, format_sse_event(event=event["kind"], data_str=data, id=str(seq)), state)
+    def _sent(self, seq: int, at_s: float, payload: str) -> Sent:
+        event = json.loads(payload)
+        data = json.dumps({"seq": seq, "at": utc(at_s), "event": _finite(event)}, separators=(",", ":"))
+        state = event["state"] if event["kind"] == "queue_moved" else ""
+        return Sent(seq, format_sse_event(event=event["kind"], data_str=self._shown(data), id=str(seq)), state)
 
 
 def _finite(value: Any) -> Any:

@@ -65,10 +65,12 @@ def read_log(path: Path, *, offset: int | None, most_bytes: int) -> tuple[str, i
     with path.open("rb") as file:
         size = file.seek(0, 2)
         start = max(0, size - most_bytes) if offset is None else min(offset, size)
-        file.seek(start)
-        raw = file.read(most_bytes)
-    if offset is None and start:
-        cut = raw.find(b"\n") + 1
-        raw, start = raw[cut:], start + cut
+        file.seek(max(0, start - 1))
+        raw = file.read(most_bytes + (start > 0))
+    if start:  # within a line: from the next one on
+        if not (cut := raw.find(b"\n") + 1):
+            start += most_bytes if len(raw) > most_bytes else 0
+            return "", start, start
+        raw, start = raw[cut:], start - 1 + cut
     end = raw.rfind(b"\n") + 1 or (len(raw) if len(raw) == most_bytes else 0)
     return hide_passwords(raw[:end].decode(errors="replace")), start, start + end

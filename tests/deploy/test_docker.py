@@ -182,7 +182,9 @@ def test_mlflow_is_told_its_names_and_its_secrets_stay_off_the_command_line(fake
     assert server[:2] == ["mlflow", "server"]
     words = [sys.executable, "-m", "mlflow", "server", "--help"]
     known = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True).stdout
-    assert {word for word in server if word.startswith("--") and " " not in word} <= set(re.findall(r"--[a-z-]+", known))
+    assert {word for word in server if word.startswith("--") and " " not in word} <= set(
+        re.findall(r"--[a-z-]+", known)
+    )
     assert server[server.index("--allowed-hosts") + 1] == "mlflow:5000"
     assert server[server.index("--cors-allowed-origins") + 1] == "http://localhost:5000"
     (told,) = fakes.environments("mlflow")

@@ -226,7 +226,9 @@ def test_every_reference_leads_somewhere(name: str):
                     reference = one["valueFrom"]["secretKeyRef"]
                     assert reference["key"] in secrets[reference["name"]]
             mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
-            templates = of_kind(documents, "StatefulSet").get(pod.name, {}).get("spec", {}).get("volumeClaimTemplates", [])
+            templates = (
+                of_kind(documents, "StatefulSet").get(pod.name, {}).get("spec", {}).get("volumeClaimTemplates", [])
+            )
             own = {one["metadata"]["name"] for one in templates}
             assert mounted == {volume["name"] for volume in pod.spec.get("volumes", [])} | own
 
@@ -254,7 +256,9 @@ def test_every_service_finds_its_pods_and_their_port(name: str):
 @whole
 def test_every_address_in_a_variable_is_a_service_here(name: str):
     documents = build(name)
-    ports = {name: {one["port"] for one in made["spec"]["ports"]} for name, made in of_kind(documents, "Service").items()}
+    ports = {
+        name: {one["port"] for one in made["spec"]["ports"]} for name, made in of_kind(documents, "Service").items()
+    }
     ports |= {HEAD_SERVICE.format(cluster): {6379, 8265} for one in documents for cluster, _ in ray_clusters(one)}
     addresses = 0
     for pod in all_pods(documents) + all_pods(build("rayjob")):
@@ -383,7 +387,9 @@ def test_ray_is_what_the_image_has_wants_a_token_and_fits_its_pods(name: str):
 def test_all_nodes_see_the_state_under_one_path(name: str):
     seen = {}
     for pod in all_pods(build(name)):
-        claims = {one["name"]: one.get("persistentVolumeClaim", {}).get("claimName") for one in pod.spec.get("volumes", [])}
+        claims = {
+            one["name"]: one.get("persistentVolumeClaim", {}).get("claimName") for one in pod.spec.get("volumes", [])
+        }
         for container in pod.containers:
             for mount in container.get("volumeMounts", []):
                 if claims.get(mount["name"]) == "state":
@@ -391,9 +397,10 @@ def test_all_nodes_see_the_state_under_one_path(name: str):
     nodes = {"ray-head", "ray-worker"}
     assert nodes <= set(seen)
     assert set(seen.values()) == {"/var/lib/lora-sweeps"}
-    assert "ENV GIT_PYTHON_REFRESH=quiet \\\n    LORA_SWEEPS_HOME=/var/lib/lora-sweeps" in (
-        DEPLOY / "docker" / "Dockerfile"
-    ).read_text()
+    assert (
+        "ENV GIT_PYTHON_REFRESH=quiet \\\n    LORA_SWEEPS_HOME=/var/lib/lora-sweeps"
+        in (DEPLOY / "docker" / "Dockerfile").read_text()
+    )
 
 
 def test_gpu_workers_go_to_nodes_that_others_keep_off():

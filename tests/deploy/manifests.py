@@ -1,4 +1,4 @@
-"""What the tests of deploy/ share: tools, documents, the pods in them, and programs that only say what they were called with."""
+"""What the tests of deploy/ share: tools, documents, the pods in them, and programs that only take notes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ class Fakes:
 
     def add(self, name: str, answer: str = "") -> None:
         """Adds a program; `answer` is more of its shell script."""
-        recorder = f"import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]), file=open({str(self._log)!r}, 'a'))"
+        note = "json.dumps([sys.argv[1:], dict(os.environ)])"
+        recorder = f"import json, os, sys; print({note}, file=open({str(self._log)!r}, 'a'))"
         path = self.folder / name
         path.write_text(f'#!/bin/bash\n"{sys.executable}" -S -c "{recorder}" {name} "$@"\n{answer}\n')
         path.chmod(0o755)

@@ -172,7 +172,7 @@ def test_every_pod_may_do_as_little_as_it_needs(name: str):
         assert own["runAsNonRoot"] is True
         assert own["runAsUser"] > 0
         assert own["seccompProfile"] == {"type": "RuntimeDefault"}
-        # Else Kubernetes sets MLFLOW_PORT, LORA_SWEEPS_..._SERVICE_HOST: settings of MLflow, and refused by the service.
+        # Else Kubernetes sets variables such as MLFLOW_PORT, which MLflow would follow.
         assert pod.spec["enableServiceLinks"] is False
         for container in pod.containers:
             guard = container["securityContext"]

@@ -1,4 +1,4 @@
-"""The batch script starts one Ray over a job's nodes, and one sweep on it; srun, scontrol and lora-sweeps only take notes."""
+"""The batch script starts one Ray over a job's nodes, and one sweep on it; the programs it calls only take notes."""
 
 from __future__ import annotations
 

@@ -271,8 +271,8 @@ def test_every_address_in_a_variable_is_a_service_here(name: str):
     assert addresses >= 4
 
 
-def allowed(documents: Documents, source: Pod, target: Pod, port: int) -> bool:
-    """Whether the network policies let one pod open a connection to another."""
+def allowed(documents: Documents, source: Pod, target: Pod, port: int) -> tuple[bool, bool]:
+    """Whether the network policies let a connection between two pods out of the one, and into the other."""
     policies = [one["spec"] for one in of_kind(documents, "NetworkPolicy").values()]
 
     def passes(pod: Pod, other: Pod, direction: str, peers: str) -> bool:
@@ -285,7 +285,7 @@ def allowed(documents: Documents, source: Pod, target: Pod, port: int) -> bool:
                 return True
         return False
 
-    return passes(source, target, "Egress", "to") and passes(target, source, "Ingress", "from")
+    return passes(source, target, "Egress", "to"), passes(target, source, "Ingress", "from")
 
 
 WAYS = {
@@ -312,7 +312,8 @@ def test_the_network_lets_through_what_is_needed_and_nothing_else(name: str):
             ports = set(target.ports.values()) | {12345}
             for port in ports:
                 expected = {source_name, target_name} <= ray or (source_name, target_name, port) in WAYS
-                assert allowed(documents, source, target, port) == expected, (source_name, target_name, port)
+                where = source_name, target_name, port
+                assert allowed(documents, source, target, port) == (expected, expected), where
 
 
 @whole

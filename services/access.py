@@ -23,12 +23,13 @@ COOKIE = "lora_sweeps_token"
 LOGIN = "/login"
 """Where it is typed in, as the field `token` of a form."""
 
-_OPEN = "/healthz"
+OPEN = "/healthz"
+"""The one route that takes no token, and no known name."""
 
 
 async def guard(request: Request) -> None:
     """Lets nobody in without a valid token: every route has this, whatever else it has, but /healthz."""
-    if request.scope["path"] == _OPEN:  # and not of its URL, which is made with the Host header
+    if request.scope["path"] == OPEN:  # and not of its URL, which is made with the Host header
         return
     shown = await _shown_token(request)
     service: Service = request.app.state.service

@@ -137,7 +137,7 @@ class Hub:
         if channel.last_seq and after >= channel.complete_after:
             return [sent for sent in channel.recent if sent.seq > after]
         rows = await asyncio.to_thread(self._ledger.read_raw, sweep, after=after, limit=_BATCH)
-        return [self._sent(*row) for row in rows]
+        return [on_the_wire(*row, self._shown) for row in rows]
 
     async def _look(self) -> None:
         if not self._channels:
@@ -149,7 +149,7 @@ class Hub:
                 continue
             if channel.last_seq:
                 rows = await asyncio.to_thread(self._ledger.read_raw, sweep, after=channel.last_seq, limit=_BATCH)
-                channel.add([self._sent(*row) for row in rows])
+                channel.add([on_the_wire(*row, self._shown) for row in rows])
                 seq = rows[-1][0] if rows else seq
             else:
                 channel.complete_after = seq
@@ -157,11 +157,13 @@ class Hub:
             channel.news.set()
             channel.news = asyncio.Event()
 
-    def _sent(self, seq: int, at_s: float, payload: str) -> Sent:
-        event = json.loads(payload)
-        data = json.dumps({"seq": seq, "at": utc(at_s), "event": _finite(event)}, separators=(",", ":"))
-        state = event["state"] if event["kind"] == "queue_moved" else ""
-        return Sent(seq, format_sse_event(event=event["kind"], data_str=self._shown(data), id=str(seq)), state)
+
+def on_the_wire(seq: int, at_s: float, payload: str, shown: Callable[[str], str] = str) -> Sent:
+    """An event as listeners get it; `shown` is what they see of a text in which places of this machine may stand."""
+    event = json.loads(payload)
+    data = json.dumps({"seq": seq, "at": utc(at_s), "event": _finite(event)}, separators=(",", ":"))
+    state = event["state"] if event["kind"] == "queue_moved" else ""
+    return Sent(seq, format_sse_event(event=event["kind"], data_str=shown(data), id=str(seq)), state)
 
 
 def _finite(value: Any) -> Any:

@@ -23,7 +23,7 @@ from services import connection, credentials
 from services.client import Client, PlainHttpWarning
 from services.schemas import ENDED
 from services.store import OPEN
-from services.streaming import _sent
+from services.streaming import on_the_wire
 from services.unpacking import unpack
 from sweeps.collapse import Certificate
 from sweeps.errors import InputError, SpecError, StateError, SweepNotFoundError
@@ -145,7 +145,9 @@ def _same(one: Any, other: Any) -> bool:
     ids=lambda event: event.kind,
 )
 def test_a_diverged_loss_arrives_as_a_number_that_is_none(event: Event):
-    line = next(line for line in _sent(7, 1.5, event.model_dump_json()).data.splitlines() if line.startswith(b"data:"))
+    line = next(
+        line for line in on_the_wire(7, 1.5, event.model_dump_json()).data.splitlines() if line.startswith(b"data:")
+    )
     assert b"NaN" not in line
     assert b"Infinity" not in line
     record = client_module._record_of(line.removeprefix(b"data: ").decode())
@@ -162,7 +164,9 @@ def test_a_certificate_of_diverged_twins_arrives_whole(served: Served):
     certificate["twins"][0]["max_deviation"] = math.inf
     certificate["twins"][0]["losses"][0] = math.nan
     event = Certified(certificate=certificate)
-    data = next(one for one in _sent(7, 1.5, event.model_dump_json()).data.decode().splitlines() if "data:" in one)
+    data = next(
+        one for one in on_the_wire(7, 1.5, event.model_dump_json()).data.decode().splitlines() if "data:" in one
+    )
     arrived = client_module._record_of(data.removeprefix("data: ")).event
     assert isinstance(arrived, Certified)
     found = Certificate.model_validate(arrived.certificate)

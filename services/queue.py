@@ -4,7 +4,7 @@
     priority above 0   before everybody else's; otherwise it orders a user's own sweeps only
 
 Nobody overtakes: the next sweep waits until enough devices are free for it, and the others wait behind it. So a large
-sweep is not starved by small ones. Users at a limit of theirs are passed over.
+sweep is not starved by small ones. Users at a limit of theirs are passed over, and so is what has become too large.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def decide(waiting: Sequence[Waiting], busy: Sequence[Busy], used_hours: Mapping
     while True:
         allowed = []
         for one in queue:
-            if reason := _at_limit(one.owner, running, used_hours, rules):
+            if one.devices > rules.devices:
+                has = f"the service has {rules.devices:g} now: cancel it, or give the service more"
+                reasons[one.sweep] = f"takes {one.devices:g} devices, and {has}"
+            elif reason := _at_limit(one.owner, running, used_hours, rules):
                 reasons[one.sweep] = reason
             else:
                 allowed.append(one)
@@ -102,7 +105,7 @@ def over_hours(owner: str, used_hours: Mapping[str, float], rules: Rules) -> str
     limit, used = rules.user_device_hours, used_hours.get(owner, 0.0)
     if limit is None or used < limit:
         return ""
-    return f"{owner} has used {used:.1f} of {limit:g} device-hours; it goes on when older ones no longer count"
+    return f"{owner} has used {used:.1f} of {limit:g} device-hours; older ones stop counting in time"
 
 
 def _at_limit(owner: str, running: Sequence[Busy], used_hours: Mapping[str, float], rules: Rules) -> str:

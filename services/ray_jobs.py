@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class RayJobsRunner:
                 "LORA_SWEEPS_DATABASE_FILE"
             )
 
-    def start(self, sweep: str) -> str:
+    def start(self, sweep: str, gpus: Sequence[str] = ()) -> str:
         """Submits a driver of the sweep, and returns its submission id.
 
         Raises:
@@ -118,14 +118,14 @@ class RayJobsRunner:
             )
         return submission
 
-    def find(self, sweep: str, handle: str | None) -> str | None:
+    def find(self, sweep: str, handle: str) -> str | None:
         """The submission id of the driver that runs the sweep now; None where none does.
 
         Raises:
             ClusterError: the cluster cannot be asked.
         """
         with self._asking() as client:
-            if handle is not None:
+            if handle:
                 job = _job(client, handle)
                 if job is not None and not job.status.is_terminal():
                     return handle

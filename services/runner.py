@@ -11,8 +11,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sweeps.errors import ClusterError, InputError
@@ -33,8 +34,12 @@ class Runner(Protocol):
     cluster does not answer, `find` and `ended` raise ClusterError.
     """
 
-    def start(self, sweep: str) -> str:
+    def start(self, sweep: str, gpus: Sequence[str] = ()) -> str:
         """Starts a driver, and returns its handle.
+
+        Args:
+            sweep: the sweep's id.
+            gpus: those of this machine that it may use; none where that is not for the service to say.
 
         Raises:
             StateError: one drives the sweep already.
@@ -66,12 +71,14 @@ class LocalRunner:
         self._environment = dict(environment or {})
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, sweep: str) -> str:
+    def start(self, sweep: str, gpus: Sequence[str] = ()) -> str:
         """Starts a driver; see `Runner`."""
         log = self._home.logs(sweep)
         log.parent.mkdir(mode=0o700, exist_ok=True)
         with self._home.hand_over(sweep) as lock, open(os.open(log, _APPEND, 0o600), "ab") as output:
             environment = os.environ | self._environment | {"LORA_SWEEPS_HOME": str(self._home.path)}
+            if gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
             try:
                 child = subprocess.Popen(
                     [sys.executable, "-m", "services", "drive", sweep],
@@ -92,6 +99,8 @@ class LocalRunner:
 
     def find(self, sweep: str, handle: str) -> str | None:
         """The process that holds the sweep's lock; see `Runner`."""
+        for child in self._children.values():
+            child.poll()  # one that ended before anybody had noted it would stay a zombie
         if not self._home.is_driven(sweep):
             return None
         if (pid := self._home.driver_pid(sweep)) is None:
@@ -122,3 +131,11 @@ class LocalRunner:
 
 
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
+
+def gpus_of_this_machine() -> tuple[str, ...]:
+    """The GPUs that drivers may be given: those that this process may see, without asking CUDA, which takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(part.strip() for part in visible.split(",") if part.strip() not in ("", "-1"))
+    return tuple(str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*")))

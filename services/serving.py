@@ -57,8 +57,9 @@ def serve(**options: Any) -> None:
     from sweeps.home import Home
 
     settings, home = read_settings(options), Home.open()
+    home.path.chmod(0o700)  # tokens are in it, and Ray's own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    with _alone(home), home.ledger() as ledger:
+    with _alone(home), home.ledger() as ledger, ledger.database.alone("service"):
         store = Store(ledger)
         _check_exposure(settings, store)
         with _listening(settings) as listener, _mlflow(settings, home) as mlflow:
@@ -179,6 +180,7 @@ def _assemble(
 ) -> Service:
     from services.queue import Rules
     from services.reading import Records
+    from services.runner import gpus_of_this_machine
     from services.service import Service
     from services.supervisor import Policy, Supervisor
     from sweeps.tracking_address import absolute_uri, default_uri
@@ -187,7 +189,8 @@ def _assemble(
     uri = absolute_uri(mlflow.uri if mlflow else given or default_uri(home.path))
     devices = settings.devices or asyncio.run(planner.devices())
     rules = Rules(devices, settings.user_running, settings.user_device_hours, settings.weights)
-    policy = Policy(rules, window_s=settings.window_hours * 3600, cancel_s=settings.cancel_s)
+    gpus = gpus_of_this_machine() if settings.ray_address is None else ()
+    policy = Policy(rules, window_s=settings.window_hours * 3600, cancel_s=settings.cancel_s, gpus=gpus)
     records = Records(ledger)
     supervisor = Supervisor(store, ledger, records, _runner(settings, home, uri), policy)
     return Service(settings, home, ledger, store, records, planner, supervisor, devices=devices, tracking_uri=uri)
@@ -235,7 +238,7 @@ def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: 
         make_app(service, hub, look_after),
         log_level="warning",
         proxy_headers=settings.behind_proxy,
-        forwarded_allow_ips="*" if settings.behind_proxy else None,
+        forwarded_allow_ips=list(settings.proxies),
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
         server_header=False,
@@ -262,10 +265,15 @@ def _look(service: Service, mlflow: MlflowServer | None) -> None:
     try:
         service.supervisor.tick()
         service.looked_at_s = time.monotonic()
+    except InputError as error:
+        _LOG.error("the queue could not be looked after; tried again: %s", error)
+    except Exception:
+        _LOG.exception("the queue could not be looked after; tried again")
+    try:
         if mlflow is not None:
             mlflow.check()
     except Exception:
-        _LOG.exception("the queue could not be looked after; tried again")
+        _LOG.exception("MLflow could not be looked after; tried again")
 
 
 def _say_what_goes_on(store: Store) -> None:

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """Names that requests may call the service by, beside localhost and `host`."""
     behind_proxy: bool = False
     """Whether a proxy in front of it has TLS, and says who asks in X-Forwarded-For."""
+    proxies: _List = ("127.0.0.1",)
+    """Addresses of that proxy, the only ones whose X-Forwarded-For is believed."""
     tls_certificate: Path | None = None
     """PEM file with the certificate and its chain."""
     tls_key: Path | None = None
@@ -84,7 +86,7 @@ class Settings(BaseSettings):
     cancel_s: float = Field(120.0, gt=0)
     """Seconds that a cancelled sweep has to end in order, before it is killed."""
 
-    @field_validator("allowed_hosts", "entrypoints", mode="before")
+    @field_validator("allowed_hosts", "entrypoints", "proxies", mode="before")
     @classmethod
     def _split(cls, raw: Any) -> Any:
         return tuple(part.strip() for part in raw.split(",") if part.strip()) if isinstance(raw, str) else raw

@@ -44,6 +44,7 @@ _SUBMISSIONS = sa.Table(
     sa.Column("wanted_by", sa.String(64), nullable=False),
     sa.Column("wanted_at_s", sa.Float, nullable=False),
     sa.Column("handle", sa.String(200), nullable=False),
+    sa.Column("held", sa.String(1000), nullable=False),
     sa.Column("delivering", sa.Boolean, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
     sa.Column("begun_seq", sa.BigInteger, nullable=False),
@@ -55,6 +56,14 @@ _SUBMISSIONS = sa.Table(
     sa.UniqueConstraint("owner", "key"),
     sa.Index("submissions_by_state", "state"),
     sa.Index("submissions_by_time", "submitted_at_s", "sweep"),
+)
+
+_DEVICE_TIME = sa.Table(
+    "device_time",
+    _METADATA,
+    sa.Column("owner", sa.String(64), primary_key=True),
+    sa.Column("hour", sa.Integer, primary_key=True),
+    sa.Column("device_s", sa.Float, nullable=False),
 )
 
 _TOKENS = sa.Table(
@@ -103,6 +112,7 @@ class Submission:
         wanted: `cancel` or `pause` once somebody asked for it; else empty.
         wanted_by, wanted_at_s: who, and when.
         handle: of its driver, in its runner's words; empty where it has none.
+        held: the GPUs that were given to it, with commas between.
         delivering: whether all that is left to do is to tell MLflow.
         attempts: how often in a row its driver was started without getting anywhere.
         begun_seq: the ledger's last event before the driver was started.
@@ -128,6 +138,7 @@ class Submission:
     wanted_by: str = ""
     wanted_at_s: float = 0.0
     handle: str = ""
+    held: str = ""
     delivering: bool = False
     attempts: int = 0
     begun_seq: int = 0
@@ -246,7 +257,12 @@ class Store:
         columns = _SUBMISSIONS.c
         same = (columns.sweep == seen.sweep, columns.state == seen.state, columns.wanted == seen.wanted)
         unmoved = columns.moved_at_s == seen.moved_at_s
-        return connection.execute(_SUBMISSIONS.update().where(*same, unmoved).values(**values)).rowcount == 1
+        if connection.execute(_SUBMISSIONS.update().where(*same, unmoved).values(**values)).rowcount != 1:
+            return False
+        used_s = values.get("used_device_s", seen.used_device_s) - seen.used_device_s
+        if used_s > 0:
+            _count(connection, seen.owner, int(values["counted_s"] // 3600), used_s)
+        return True
 
     def get(self, sweep: str) -> Submission:
         """A sweep in the queue.
@@ -268,9 +284,9 @@ class Store:
         return self._select(_SUBMISSIONS.c.state.in_(states))
 
     def used_since(self, since_s: float) -> dict[str, float]:
-        """Device-seconds of each user's sweeps that ran at or after a time."""
-        columns = _SUBMISSIONS.c
-        query = sa.select(columns.owner, sa.func.sum(columns.used_device_s)).where(columns.counted_s >= since_s)
+        """Device-seconds of each user since a time, by the hours that had not ended by then."""
+        columns = _DEVICE_TIME.c
+        query = sa.select(columns.owner, sa.func.sum(columns.device_s)).where(columns.hour >= int(since_s // 3600))
         with self._database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(query.group_by(columns.owner))}
 
@@ -375,3 +391,11 @@ def _enter(connection: sa.Connection, audit: AuditEntry) -> None:
     values = asdict(audit) | {"at_s": time.time()}
     del values["seq"]
     connection.execute(_AUDIT.insert().values(**values))
+
+
+def _count(connection: sa.Connection, owner: str, hour: int, used_s: float) -> None:
+    """Adds device time to a user's hour. One service writes to a database, so that nobody is in between."""
+    columns = _DEVICE_TIME.c
+    this = _DEVICE_TIME.update().where(columns.owner == owner, columns.hour == hour)
+    if connection.execute(this.values(device_s=columns.device_s + used_s)).rowcount == 0:
+        connection.execute(_DEVICE_TIME.insert().values(owner=owner, hour=hour, device_s=used_s))

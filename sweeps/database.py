@@ -5,12 +5,15 @@ SQLite (WAL, synchronous=FULL, so that what was committed survives a power cut) 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -18,6 +21,15 @@ from sweeps.errors import StateError
 from sweeps.secrecy import hide_passwords
 
 _BUSY_TIMEOUT_S = 30
+
+_PATIENCE = {
+    "connect_timeout": 5,
+    "keepalives_idle": 30,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "options": f"-c statement_timeout={_BUSY_TIMEOUT_S}s",
+}
+"""A server that no longer answers is given up on, and whoever asked is told."""
 
 _CONNECTIONS = 10
 """Kept open, once they were needed."""
@@ -37,7 +49,8 @@ class Database:
             parsed = _with_driver(url)
             file = parsed.get_backend_name() == "sqlite"
             # Connections to a server break, and are tried before they are used; those to a file do not.
-            self._engine = sa.create_engine(parsed, pool_pre_ping=not file, pool_size=_CONNECTIONS)
+            own: dict[str, Any] = {} if file else {"connect_args": _PATIENCE}
+            self._engine = sa.create_engine(parsed, pool_pre_ping=not file, pool_size=_CONNECTIONS, **own)
             if file:
                 sa.event.listen(self._engine, "connect", _set_sqlite_pragmas)
         except (sa.exc.SQLAlchemyError, ModuleNotFoundError) as error:
@@ -78,7 +91,7 @@ class Database:
         try:
             with self._engine.connect() as connection:
                 yield connection
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             raise StateError(
                 f"the ledger must be readable; {self.shown} is not: {_first_line(error)}; "
                 "mend the file or the database, or use another state directory"
@@ -97,11 +110,33 @@ class Database:
                 yield connection
         except sa.exc.IntegrityError:
             raise
-        except sa.exc.DatabaseError as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             raise StateError(
                 f"the ledger must be writable; {self.shown} is not: {_first_line(error)}; "
                 "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
             ) from error
+
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Holds the database for one of a kind, as long as the context lasts; the system takes it back at the end.
+
+        Args:
+            what: whoever wants to be the only one, in words.
+
+        Raises:
+            StateError: another one holds it.
+        """
+        with self.reading() as connection, ExitStack() as held:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            if connection.dialect.name == "postgresql":
+                lock = sa.select(sa.func.pg_try_advisory_lock(_TABLES_LOCK, zlib.crc32(what.encode()) & 0x7FFFFFFF))
+                got = bool(connection.scalar(lock))  # until the connection is closed
+                held.callback(connection.invalidate)
+            else:
+                got = _lock_file(f"{connection.engine.url.database}-{what.replace(' ', '-')}.lock", held)
+            if not got:
+                raise StateError(f"one {what} uses a ledger at a time; another one uses {self.shown} now")
+            yield
 
     def close(self) -> None:
         """Closes every connection."""
@@ -116,6 +151,16 @@ class Database:
 
 _TABLES_LOCK = 0x6C6F7261
 """Any number of our own."""
+
+
+def _lock_file(path: str, held: ExitStack) -> bool:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def database_file(home: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import secrets
 import signal
 import time
@@ -265,7 +266,7 @@ class _Driver:
         self._progress.events(self._sweep, [record.event for record in past])
         extension = [] if trials is None else searcher.extend(trials)
         # At once: a driver that is killed has given the sweep its trials and is resumed, or has done neither.
-        self._append([*extension, DriverStarted(resumed=resumed)])
+        self._append([*extension, DriverStarted(resumed=resumed, place=_place(self._home))])
         self._writer.start()
         return self.conclude(self._run(searcher, resources))
 
@@ -322,6 +323,9 @@ class _Driver:
                 raise ClusterError("Ray Tune must run until the search is over; it ended before; resume the sweep")
         except Interrupted as interrupted:
             state, reason = "interrupted", signal.Signals(interrupted.signal).name
+        except StateError as error:
+            # The ledger was away, and nothing is wrong with the sweep: it can go on from there.
+            state, reason, failure = "interrupted", "its ledger could not be reached", error
         except Exception as error:
             state, reason, failure = "failed", hide_passwords(f"{type(error).__name__}: {error}"), error
         self._clock.lap("certificates" if self._certifying else "trials")
@@ -403,6 +407,11 @@ def _tracking_uri(record: SweepRecord) -> str:
     )
 
 
+def _place(home: Home) -> str:
+    """Where a driver's lock is: a ledger may be shared by several machines and state directories."""
+    return f"{platform.node()}:{home.path}"
+
+
 @contextlib.contextmanager
 def closing_killed(home: Home, ledger: Ledger, *, spare: str | None = None) -> Iterator[None]:
     """Ends the sweeps whose driver was killed, in the ledger and in MLflow, while something else goes on.
@@ -417,10 +426,11 @@ def closing_killed(home: Home, ledger: Ledger, *, spare: str | None = None) -> I
     writers = []
     for sweep in ledger.open_sweeps():
         with contextlib.suppress(StateError, TrackingError):  # driven by somebody, or tracked where we cannot go now
-            if sweep != spare:
+            record = read_sweep(ledger, sweep)
+            # A lock says nothing about drivers of other places, and a service looks after its own.
+            if sweep != spare and record.place in ("", _place(home)) and not record.in_queue:
                 with home.driving(sweep):
                     ledger.append(sweep, [SweepEnded(state="interrupted", reason="its driver was killed")])
-                record = read_sweep(ledger, sweep)
                 writers.append(tracking.MlflowWriter(ledger, sweep, _tracking_uri(record), record.created.experiment))
     for writer in writers:
         writer.start()

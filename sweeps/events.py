@@ -48,6 +48,8 @@ class DriverStarted(_Event):
 
     kind: Literal["driver_started"] = "driver_started"
     resumed: bool
+    place: str = ""
+    """The machine and the state directory that it holds its lock in."""
 
 
 class SweepExtended(_Event):

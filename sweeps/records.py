@@ -87,6 +87,8 @@ class SweepRecord:
         begun_seq, ended_seq, progress_seq: numbers of the last events that say that a driver began, that it ended, and
             that a job came back; 0 where there is none.
         ended_at_s: when it ended, in seconds since the epoch.
+        place: where the last driver that began holds its lock; empty where none has, or it did not say.
+        in_queue: whether a service looks after it.
         behind_since_s: since when MLflow lacks something; None where it has everything.
         ended: the last word of the last driver; None while one drives, or after one was killed.
         extended_to: trials in all, where the sweep was given more than it was created with.
@@ -95,7 +97,7 @@ class SweepRecord:
         delivered: MLflow has every event up to this one.
         experiment_id, parent_run_id: the sweep's in MLflow, once it is there.
         trial_run_ids: the trials' runs in MLflow.
-        last_seq: number of the last event.
+        last_seq, last_at_s: number and time of the last event.
         tellable_seq: number of the last one that MLflow is told of.
     """
 
@@ -111,6 +113,8 @@ class SweepRecord:
     ended_at_s: float = 0.0
     progress_seq: int = 0
     behind_since_s: float | None = None
+    place: str = ""
+    in_queue: bool = False
     ended: SweepEnded | None = None
     extended_to: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -120,6 +124,7 @@ class SweepRecord:
     parent_run_id: str | None = None
     trial_run_ids: dict[int, str] = field(default_factory=dict)
     last_seq: int = 0
+    last_at_s: float = 0.0
     tellable_seq: int = 0
 
     @property
@@ -196,7 +201,7 @@ def fold_into(state: SweepRecord, records: Iterable[Record]) -> None:
     """Folds the events that came after those a record was made of into it."""
     for record in records:
         _apply(state, record)
-        state.last_seq = record.seq
+        state.last_seq, state.last_at_s = record.seq, record.at_s
         if not isinstance(record.event, Delivered | QueueMoved):
             state.tellable_seq = record.seq
             if state.behind_since_s is None:
@@ -226,8 +231,8 @@ def _apply(state: SweepRecord, record: Record) -> None:
             trial.state, trial.value, trial.reason, trial.told_at_s = told.state, told.value, told.reason, record.at_s
         case Certified() as certified:
             state.certificates.append(certified.certificate)
-        case DriverStarted():
-            state.begun_seq, state.ended = record.seq, None
+        case DriverStarted() as begun:
+            state.begun_seq, state.ended, state.place = record.seq, None, begun.place
         case SweepExtended() as extended:
             state.extended_to = extended.trials
         case SweepEnded() as ended_sweep:
@@ -247,6 +252,6 @@ def _apply(state: SweepRecord, record: Record) -> None:
         case MemberDiverged():
             pass  # told as an ending of its own
         case QueueMoved():
-            pass  # where a sweep stands in a queue is the queue's to say
+            state.in_queue = True  # where it stands there is the queue's to say
         case SweepCreated():
             raise AssertionError("a sweep is created once")

@@ -61,6 +61,12 @@ def test_a_user_at_a_limit_is_passed_over():
     assert found.reasons["a"].startswith("ann has used 10.0 of 10 device-hours")
 
 
+def test_what_has_become_too_large_for_the_service_keeps_nobody_waiting():
+    found = decide([waiting("large", devices=8, at_s=1), waiting("small", at_s=2)], [], {}, Rules(4))
+    assert found.start == ("small",)
+    assert found.reasons == {"large": "takes 8 devices, and the service has 4 now: cancel it, or give the service more"}
+
+
 SWEEPS = st.lists(
     st.tuples(st.sampled_from(["ann", "bob", "cy"]), st.integers(-2, 2), st.integers(1, 5), st.floats(0, 9)), max_size=8
 )

@@ -194,9 +194,9 @@ def test_a_driver_is_found_by_who_lost_its_handle_and_ends_in_order_with_time_to
     # A second runner is the service after its own restart.
     runner = place.runner()
     assert runner.find("orderly-1", handle) == handle
-    assert runner.find("orderly-1", None) == handle
+    assert runner.find("orderly-1", "") == handle
     assert runner.find("orderly-1", "orderly-1-99") == handle
-    assert runner.find("orderly", None) is None
+    assert runner.find("orderly", "") is None
     assert runner.ended("orderly-1", handle) is None
     with pytest.raises(StateError, match="the Ray job orderly-1-1 drives orderly-1 now: wait for it or stop it"):
         runner.start("orderly-1")
@@ -207,7 +207,7 @@ def test_a_driver_is_found_by_who_lost_its_handle_and_ends_in_order_with_time_to
     assert (place.folder / "in-order").exists()
     assert not is_alive(pid)
     assert runner.find("orderly-1", handle) is None
-    assert runner.find("orderly-1", None) is None
+    assert runner.find("orderly-1", "") is None
     runner.interrupt("orderly-1", handle)  # nothing, now that it has ended
     runner.kill("orderly-1", handle)
 
@@ -293,7 +293,7 @@ def test_nobody_gets_in_without_the_token(place: Place):
         with ray_setting(**settings), pytest.raises(ClusterError, match=found) as caught:
             place.runner().start("stranger-1")
         assert "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in str(caught.value)
-    assert place.runner().find("stranger-1", None) is None
+    assert place.runner().find("stranger-1", "") is None
     assert not (place.folder / "started").exists()
 
 

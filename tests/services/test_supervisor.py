@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from services.queue import Rules
 from services.reading import Records
@@ -34,13 +35,15 @@ class Drivers:
     killed: list[str] = field(default_factory=list)
     refusal: Exception | None = None
     mute: bool = False
+    gpus: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def start(self, sweep: str) -> str:
+    def start(self, sweep: str, gpus: Sequence[str] = ()) -> str:
         if self.refusal is not None:
             raise self.refusal
         if sweep in self.alive:
             raise StateError("one process drives a sweep; another one drives it now")
         self.started.append(sweep)
+        self.gpus[sweep] = tuple(gpus)
         self.alive[sweep] = str(len(self.started))
         return self.alive[sweep]
 
@@ -71,11 +74,12 @@ class House:
         self.store, self.records, self.drivers = Store(self.ledger), Records(self.ledger), Drivers()
         self.now_s = time.time()  # as the ledger has it, whose events are stamped with it
         self.rules = Rules(**({"devices": 2} | rules))
+        self.gpus: tuple[str, ...] = ()
         self.supervisor = self.restarted()
 
     def restarted(self) -> Supervisor:
         """Another supervisor over the same database, as after a restart of the service."""
-        policy = Policy(self.rules, window_s=3600, cancel_s=60)
+        policy = Policy(self.rules, window_s=3600, cancel_s=60, gpus=self.gpus)
         self.supervisor = Supervisor(
             self.store, self.ledger, self.records, self.drivers, policy, now=lambda: self.now_s
         )
@@ -286,10 +290,74 @@ def test_a_driver_that_cannot_be_started_pauses_and_a_cluster_that_is_away_is_tr
     house.submit("s")
     house.drivers.refusal = ClusterError("the head is away")
     house.tick()
+    assert house.state("s") == ("starting", "the head is away")
+    house.tick()
     assert house.state("s") == ("queued", "the head is away")
     house.drivers.refusal = InputError("no such program")
     house.tick(after_s=100)
     assert house.state("s") == ("paused", "no such program")
+
+
+def test_a_driver_that_was_started_although_the_answer_was_lost_is_found(house: House):
+    house.submit("s")
+    house.drivers.refusal = ClusterError("the answer was lost")
+    house.tick()
+    house.drivers.alive["s"] = "lost"
+    house.want("s", "cancel")
+    house.tick()
+    house.tick()
+    assert house.drivers.interrupted == ["s"]
+
+
+def test_a_driver_that_the_system_cannot_start_is_tried_later_and_others_start_meanwhile(house: House):
+    house.submit("s")
+    house.drivers.refusal = OSError(24, "Too many open files")
+    house.tick()
+    assert house.state("s") == ("queued", "its driver could not be started: Too many open files")
+    house.drivers.refusal = None
+    house.submit("t")
+    house.tick()
+    assert house.drivers.started == ["t"]
+    house.tick(after_s=60)
+    assert house.drivers.started == ["t", "s"]
+
+
+def test_a_sweep_that_cannot_be_read_keeps_no_other_waiting(house: House):
+    house.submit("broken", priority=1)
+    house.submit("s")
+    with house.ledger.database.writing() as connection:
+        connection.execute(sa.text("UPDATE events SET payload = 'no event' WHERE sweep = 'broken'"))
+    house.tick()
+    assert house.drivers.started == ["s"]
+    assert house.supervisor.trouble.startswith("broken: the ledger must hold events")
+
+
+def test_a_driver_that_says_nothing_for_long_is_told_of(house: House):
+    running(house)
+    house.tick(after_s=3600)
+    assert house.state("s")[0] == "degraded"
+    house.submit("t")
+    house.tick()
+    house.tick(after_s=3600)
+    assert house.state("t") == ("starting", "its driver has said nothing for 30 minutes; see its logs")
+
+
+def test_each_sweep_is_given_gpus_of_its_own_and_keeps_them_over_a_restart(tmp_path: Path):
+    house = House(tmp_path, devices=4)
+    house.gpus = ("0", "1", "4", "5")
+    house.restarted()
+    house.submit("s", devices=2.0)
+    house.submit("t", devices=1.5)
+    house.tick()
+    assert house.drivers.gpus == {"s": ("0", "1"), "t": ("4", "5")}
+    house.begin("s")
+    house.end("s", "finished")
+    house.restarted()
+    house.tick()
+    house.submit("u", devices=1.0)
+    house.tick()
+    assert house.drivers.gpus["u"] == ("0",)
+    house.ledger.close()
 
 
 def test_what_mlflow_lacks_is_delivered_later(house: House):
@@ -349,7 +417,20 @@ def test_a_user_beyond_their_device_hours_is_paused_and_goes_on_by_resume(tmp_pa
     house.tick()
     state, reason = house.state("s")
     assert state == "paused"
-    assert reason.startswith("ann has used 0.0 of 0.01 device-hours")
+    assert reason == "ann has used 0.0 of 0.01 device-hours; older ones stop counting in time; `resume` goes on then"
+
+    # Two hours later the hour that it had used no longer counts, and it goes on as far as the limit again.
+    house.store.move(house.store.get("s"), "queued")
+    house.tick()
+    assert house.state("s")[0] == "queued"
+    house.tick(after_s=7200)
+    assert house.supervisor.used_hours() == {}
+    assert house.state("s") == ("starting", "")
+    house.begin("s")
+    house.tick(after_s=1)
+    house.tick(after_s=1)
+    assert house.store.get("s").wanted == ""
+    assert house.drivers.interrupted == ["s"]
     house.ledger.close()
 
 

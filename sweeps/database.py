@@ -120,6 +120,8 @@ class Database:
     def alone(self, what: str) -> Iterator[None]:
         """Holds the database for one of a kind, as long as the context lasts; the system takes it back at the end.
 
+        A PostgreSQL that is restarted forgets who held it.
+
         Args:
             what: whoever wants to be the only one, in words.
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,34 +26,55 @@ def binary(name: str) -> str:
 
 @contextlib.contextmanager
 def postgresql(directory: Path) -> Iterator[str]:
-    """A server for as long as the context lasts; yields the URL of an empty database, password and all."""
-    password = secrets.token_hex(16)
-    data, socket_directory = directory / "data", directory / "socket"
-    for path in (directory, data, socket_directory):
-        path.mkdir(exist_ok=True, mode=0o700)
-    (directory / "password").write_text(password)
-    user = _unprivileged()
-    if user is not None:
-        for path in (directory, *directory.iterdir()):
+    """A server for as long as the context lasts; yields the URL of an empty database, password and all.
+
+    Args:
+        directory: names the server for `restart`. What it keeps lies elsewhere: pytest's directories are their owner's
+            alone, and the server may be another user.
+    """
+    password, port, user = secrets.token_hex(16), free_port(), _unprivileged()
+    with tempfile.TemporaryDirectory(prefix="lora-sweeps-postgresql-") as name:
+        own = _OWN[directory] = Path(name)
+        (own / "password").write_text(password)
+        for path in (own / "data", own / "socket"):
+            path.mkdir(mode=0o700)
+        for path in (own, *own.iterdir()) if user else ():
             os.chown(path, user.pw_uid, user.pw_gid)
-        for parent in directory.parents:  # pytest's own are 0700
-            with contextlib.suppress(PermissionError):
-                os.chmod(parent, os.stat(parent).st_mode | 0o011)
-    port = free_port()
+        _run(
+            own,
+            "initdb",
+            *["-U", "lora", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync"],
+            f"--pwfile={own / 'password'}",
+        )
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={own / 'socket'} -c fsync=off"
+        _run(own, "pg_ctl", "-w", "-l", str(own / "log"), "-o", options, "start")
+        try:
+            yield f"postgresql://lora:{password}@127.0.0.1:{port}/postgres"
+        finally:
+            _run(own, "pg_ctl", "-w", "-m", "immediate", "stop")
 
-    def run(*arguments: str) -> None:
-        given = {"user": user.pw_uid, "group": user.pw_gid} if user else {}
-        done = subprocess.run(arguments, cwd=directory, capture_output=True, text=True, **given)
-        assert done.returncode == 0, done.stderr
 
-    run(binary("initdb"), "-D", str(data), "-U", "lora", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync",
-        f"--pwfile={directory / 'password'}")  # fmt: skip
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={socket_directory} -c fsync=off"
-    run(binary("pg_ctl"), "-D", str(data), "-w", "-l", str(directory / "log"), "-o", options, "start")
-    try:
-        yield f"postgresql://lora:{password}@127.0.0.1:{port}/postgres"
-    finally:
-        run(binary("pg_ctl"), "-D", str(data), "-w", "-m", "immediate", "stop")
+_OWN: dict[Path, Path] = {}
+
+
+def restart(directory: Path) -> None:
+    """Restarts a server: every connection breaks."""
+    own = _OWN[directory]
+    _run(own, "pg_ctl", "-w", "-m", "fast", "-l", str(own / "log"), "restart")
+
+
+def _run(own: Path, program: str, *arguments: str) -> None:
+    user = _unprivileged()
+    done = subprocess.run(
+        [binary(program), "-D", str(own / "data"), *arguments],
+        cwd=own,
+        # A server that was started keeps what it was given, and nobody would see the end of a pipe.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        user=user.pw_uid if user else None,
+        group=user.pw_gid if user else None,
+    )
+    assert done.returncode == 0, (own / "log").read_text() if (own / "log").exists() else program
 
 
 def free_port() -> int:

@@ -36,6 +36,12 @@ compute: {workers: 1, pack: 4}
 """
 
 
+# Many short jobs, and no end of them while the test runs.
+LONG_SPEC = TINY_SPEC.replace("trials: 4", "trials: 5000").replace("rank: {values: [2, 4]}", "rank: 2").replace(
+    "alpha: {values: [4, 16]}", "init_scale: {min: 0.5, max: 2}"
+)  # fmt: skip
+
+
 @dataclass
 class Served:
     """A service that runs.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import sqlalchemy as sa
 
 from services.store import Store
+from sweeps.events import JobEnded
 from sweeps.ledger import Ledger
-from tests.postgres_support import free_port, postgresql
-from tests.services.service_support import serving
+from tests.postgres_support import free_port, postgresql, restart
+from tests.services.service_support import LONG_SPEC, serving
 from tests.support import run_cli
 
 
@@ -42,3 +44,37 @@ def test_a_service_without_its_database_says_so(tmp_path: Path):
     assert "the ledger must be a database that can be written" in done.stderr
     assert "canary-password" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_database_that_is_restarted_under_a_running_sweep_costs_it_nothing_but_time(tmp_path: Path):
+    with postgresql(tmp_path / "pg") as url:
+        settings = {"LORA_SWEEPS_DATABASE": url}
+        with serving(tmp_path / "home", "--devices", "1", **settings) as served:
+            # Another service on the same database, with a state directory of its own, would start its drivers too.
+            other = {"LORA_SWEEPS_HOME": str(tmp_path / "other"), **settings}
+            done = run_cli("serve", "--port", "0", cwd=tmp_path, timeout_s=60, **other)
+            assert done.returncode == 2
+            assert "one service uses a ledger at a time" in done.stderr
+
+            sweep = served.submit(LONG_SPEC)
+            served.wait_for(sweep, "running")
+            jobs = ended_jobs(url, sweep, more_than=0)
+            restart(tmp_path / "pg")
+            assert ended_jobs(url, sweep, more_than=jobs) > jobs
+            state = served.wait_for(sweep, "running", "failed", "paused")
+            assert (state["state"], state["reason"]) == ("running", "")
+        with Ledger(url) as ledger:
+            started = [r.event.job for r in ledger.read(sweep) if isinstance(r.event, JobEnded)]
+        assert len(started) == len(set(started))
+
+
+def ended_jobs(url: str, sweep: str, *, more_than: int) -> int:
+    """How many jobs have ended, once they are more than so many."""
+    deadline_s = time.monotonic() + 180
+    while time.monotonic() < deadline_s:
+        with Ledger(url) as ledger:
+            count = sum(isinstance(record.event, JobEnded) for record in ledger.read(sweep))
+        if count > more_than:
+            return count
+        time.sleep(0.5)
+    raise AssertionError(f"{more_than} jobs have ended, and no more")

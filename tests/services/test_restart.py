@@ -13,12 +13,7 @@ from sweeps.events import DriverStarted, JobEnded, JobStarted, QueueMoved, Trial
 from sweeps.home import Home
 from sweeps.ledger import Ledger, Record
 from tests.services import service_support
-from tests.services.service_support import TINY_SPEC, Served, kill_drivers, start, stop
-
-# Many short jobs, and no end of them while the test runs.
-LONG_SPEC = TINY_SPEC.replace("trials: 4", "trials: 5000").replace("rank: {values: [2, 4]}", "rank: 2").replace(
-    "alpha: {values: [4, 16]}", "init_scale: {min: 0.5, max: 2}"
-)  # fmt: skip
+from tests.services.service_support import LONG_SPEC, Served, kill_drivers, start, stop
 
 _KILLS = 20
 _TRUE_WITHIN_S = 2.0

@@ -70,6 +70,22 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _of_http)
 
 
+async def _refusal(request: Request) -> JSONResponse | None:
+    """What a stranger is told in place of what is wrong with their request: FastAPI reads bodies before it asks anybody.
+
+    None where the guard has let them in.
+    """
+    if hasattr(request.state, "who"):
+        return None
+    try:
+        await request.app.state.guard(request)
+    except HTTPException as refused:
+        return problem(refused.status_code, str(refused.detail), headers=refused.headers)
+    except InputError as error:
+        return await _of_input(request, error)
+    return None
+
+
 async def _of_input(_request: Request, error: Exception) -> JSONResponse:
     match error:
         case SpecError():
@@ -92,14 +108,19 @@ async def _of_input(_request: Request, error: Exception) -> JSONResponse:
             return problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 
-async def _of_request(_request: Request, error: Exception) -> JSONResponse:
+async def _of_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if (refusal := await _refusal(request)) is not None:
+        return refusal
     found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
     return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found))
 
 
 async def _of_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    # FastAPI's word on a body that is no text; the guard's own refusal has another status.
+    if error.status_code == HTTPStatus.BAD_REQUEST and (refusal := await _refusal(request)) is not None:
+        return refusal
     detail = str(error.detail)
     if detail in _OF_FASTAPI:
         detail = _OF_FASTAPI[detail].format(method=request.method)

@@ -21,6 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from services.policy import Places, parse_submitted
 from sweeps.errors import InputError
 from sweeps.home import Home
+from sweeps.secrecy import hide_passwords
 
 _TASKS_A_PROCESS = 100
 """After so many a process is replaced by a fresh one: libraries keep memory that they were done with."""
@@ -55,11 +56,13 @@ class Planned:
         spec: resolved, every default filled in.
         plan: as `sweeps.plan.Plan` writes itself.
         devices: that it takes while it runs.
+        text: as it came, but for its secrets.
     """
 
     spec: dict[str, Any]
     plan: dict[str, Any]
     devices: float
+    text: str
 
 
 class Planner:
@@ -157,7 +160,9 @@ def _plan(text: str, source: str, places: Places, room: Room, timed: bool, home:
     workers = most if compute.workers == "auto" else compute.workers
     document = with_dtype(document)
     plan = plan_sweep(document, home, workers=workers, timed=timed)
-    return Planned(document.spec.model_dump(mode="json"), plan.model_dump(mode="json"), workers * share)
+    # A large text takes seconds to be masked, in which the service itself would answer nobody.
+    masked = hide_passwords(text)
+    return Planned(document.spec.model_dump(mode="json"), plan.model_dump(mode="json"), workers * share, masked)
 
 
 def _report(sweep: str, form: str, home: Home) -> str:

@@ -71,7 +71,7 @@ def install(app: FastAPI) -> None:
 
 
 async def _refusal(request: Request) -> JSONResponse | None:
-    """What a stranger is told in place of what is wrong with their request: FastAPI reads bodies before it asks anybody.
+    """What a stranger is told in place of a fault of their request: FastAPI reads bodies before it asks anybody.
 
     None where the guard has let them in.
     """

@@ -227,7 +227,7 @@ async def report(
 ) -> Response:
     """The collapse report."""
     row = await asyncio.to_thread(service.find, who, sweep)
-    text = await service.report(row, format)
+    text = await service.report(who, row, format)
     headers = {"Content-Security-Policy": _ALONE} if format == "html" else {}
     return Response(text, media_type=_MEDIA_OF[format], headers=headers)
 
@@ -281,7 +281,7 @@ async def adapter(
     archive = service.scratch() / f"{secrets.token_hex(16)}.zip"
     gone = BackgroundTask(archive.unlink, missing_ok=True)
     try:
-        await service.planner.adapter(row.sweep, trial, archive)
+        await service.adapter(who, row, trial, archive)
     except BaseException:
         archive.unlink(missing_ok=True)
         raise
@@ -300,13 +300,13 @@ def _attached(name: str) -> dict[str, str]:
 @v1.post("/plan", operation_id="plan", responses=_POST, openapi_extra=_SPEC, tags=["specs"])
 async def plan(
     request: Request,
-    _who: Reader,
+    who: Submitter,
     service: Served,
     source: Source = "spec",
     timed: Annotated[bool, Query(description="Run a few steps to estimate the time.")] = False,
 ) -> Plan:
     """What a spec would run here."""
-    return await service.plan(await _text(request), source, timed=timed)
+    return await service.plan(who, await _text(request), source, timed=timed)
 
 
 @v1.post("/translate", operation_id="translate", responses=answers(400, 401, 403, 413, 422, 503), tags=["specs"])

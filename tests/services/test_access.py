@@ -173,7 +173,7 @@ def test_a_token_that_expires_later_opens_until_then(site: Site):
 @pytest.mark.parametrize(
     ("scope", "refused"),
     [
-        ("read", {"submit", "cancel", "resume", "extend", "audit"}),
+        ("read", {"submit", "plan", "cancel", "resume", "extend", "audit"}),
         ("submit", {"audit"}),
         ("admin", set()),
     ],

@@ -21,7 +21,7 @@ from services.auth import Principal
 from services.exports import export_of, trial_of
 from services.planning import BusyError, Planned, Planner, Room
 from services.policy import Places, with_ids
-from services.problems import RefusedError
+from services.problems import RefusedError, away
 from services.reading import Records, read_log
 from services.schemas import Accepted, Export, SweepPage, SweepStatus, SweepSummary
 from services.settings import Settings
@@ -242,7 +242,7 @@ class Service:
         try:
             self.store.counts()
         except InputError as error:
-            return str(error)
+            return away(error)
         silent_s = time.monotonic() - self.looked_at_s
         return "" if silent_s < _MOST_SILENT_S else f"nobody has looked after the queue for {silent_s:.0f} s"
 
@@ -269,10 +269,10 @@ class Service:
             return row if viewer is None or row.owner == viewer or row.shared else None
         return None
 
-    def _latest(self, reference: str, **whose: str | None) -> Submission | None:
+    def _latest(self, reference: str, *, viewer: str | None = None, owner: str | None = None) -> Submission | None:
         """The latest sweep of this name, or the latest of all for `last`."""
         name = None if reference == "last" else reference
-        return next(iter(self.store.page(name=name, limit=1, **whose)), None)
+        return next(iter(self.store.page(viewer=viewer, owner=owner, name=name, limit=1)), None)
 
     def own(self, who: Principal, reference: str) -> Submission:
         """The same, where it is to be changed: another's goes by its id only, so that nobody's is changed by mistake.
@@ -307,9 +307,10 @@ class Service:
         version = (seq, replace(row, counted_s=0.0))
         if (kept := self._statuses.get(row.sweep)) is not None and kept[0] == version:
             return self._with_place(row, kept[1])
-        settings = self.settings
+        addresses = (self.settings.mlflow_url, self.settings.ray_address)
+        mlflow_url, ray_url = (None if one is None else hide_passwords(one) for one in addresses)
         with self._records.reading(row.sweep) as record:
-            made = status(record, row, row.state, mlflow_url=settings.mlflow_url, ray_url=settings.ray_address)
+            made = status(record, row, row.state, mlflow_url=mlflow_url, ray_url=ray_url)
         _keep(self._statuses, row.sweep, (version, made), most=_MOST_STATUSES)
         return self._with_place(row, made)
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Resp
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
-from services.access import Admin, Events, Reader, Served, Submitter, address_of
+from services.access import Admin, Events, Reader, Served, Submitter, address_of, row_of
 from services.exports import packed
 from services.problems import answers
 from services.schemas import (
@@ -165,6 +165,7 @@ def status(sweep: SweepRef, who: Reader, service: Served) -> SweepStatus:
     responses=_READ | {200: {"content": {"text/event-stream": {}}}},
 )
 async def events(
+    request: Request,
     sweep: SweepRef,
     who: Reader,
     service: Served,
@@ -176,7 +177,10 @@ async def events(
     row = await asyncio.to_thread(service.find, who, sweep)
     if last_event_id is not None and last_event_id.isascii() and last_event_id.isdecimal():
         after = max(after, int(last_event_id[:18]))
-    stream = hub.listen(row.sweep, after=after, state=row.state)
+    shown = request.state.shown
+    stream = hub.listen(
+        row.sweep, after=after, state=row.state, allowed=lambda: row_of(service.store, shown) is not None
+    )
     return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 

@@ -65,7 +65,7 @@ async def _shown_token(request: Request) -> str | None:
     if scheme.lower() == "bearer":
         return text.strip()
     site = request.headers.get("sec-fetch-site")
-    if request.url.path == LOGIN and request.method == "POST":
+    if request.scope["path"] == LOGIN and request.method == "POST":
         # Nor may another's page log somebody in, as somebody else, without their knowing.
         return form_of(await request.body()).get("token") if site in (None, "none", "same-origin") else None
     # A browser sends its cookie to whoever's page asks it to: what changes something must come from a page of ours.

@@ -55,6 +55,7 @@ def make_app(service: Service, hub: Hub, background: Callable[[], Awaitable[None
         lifespan=lifespan,
     )
     app.state.service, app.state.hub, app.state.metrics = service, hub, Metrics(service, hub)
+    app.state.guard = guard
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
     problems.install(app)
     app.include_router(routes.root)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -70,6 +72,39 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _of_http)
 
 
+def away(error: Exception) -> str:
+    """What is said where the ledger cannot be used: where it is, and as whom it is asked, only the log tells."""
+    message, now_s = hide_passwords(str(error)), time.monotonic()
+    if now_s - _LOGGED.get(message, -math.inf) >= _LOG_AGAIN_S:
+        if len(_LOGGED) >= _MOST_LOGGED:
+            _LOGGED.clear()
+        _LOGGED[message] = now_s
+        _LOG.error("requests are refused: %s", message)
+    return "the ledger is away for now; try again in a while"
+
+
+_LOGGED: dict[str, float] = {}
+"""When each of these messages was logged last: a database that is away is logged once, and not for every request."""
+
+_LOG_AGAIN_S, _MOST_LOGGED = 60.0, 16
+
+
+async def _refusal(request: Request) -> JSONResponse | None:
+    """What a stranger is told in place of a fault of their request: FastAPI reads bodies before it asks anybody.
+
+    None where the guard has let them in.
+    """
+    if hasattr(request.state, "who"):
+        return None
+    try:
+        await request.app.state.guard(request)
+    except HTTPException as refused:
+        return problem(refused.status_code, str(refused.detail), headers=refused.headers)
+    except InputError as error:
+        return await _of_input(request, error)
+    return None
+
+
 async def _of_input(_request: Request, error: Exception) -> JSONResponse:
     match error:
         case SpecError():
@@ -85,21 +120,26 @@ async def _of_input(_request: Request, error: Exception) -> JSONResponse:
         case BusyError():
             return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "10"})
         case StateError():
-            return problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error), headers={"Retry-After": "5"})
+            return problem(HTTPStatus.SERVICE_UNAVAILABLE, away(error), headers={"Retry-After": "5"})
         case KeyTakenError():
             return problem(HTTPStatus.CONFLICT, str(error))
         case _:
             return problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
 
-async def _of_request(_request: Request, error: Exception) -> JSONResponse:
+async def _of_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if (refusal := await _refusal(request)) is not None:
+        return refusal
     found = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
     return problem(HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(found))
 
 
 async def _of_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    # FastAPI's word on a body that is no text; the guard's own refusal has another status.
+    if error.status_code == HTTPStatus.BAD_REQUEST and (refusal := await _refusal(request)) is not None:
+        return refusal
     detail = str(error.detail)
     if detail in _OF_FASTAPI:
         detail = _OF_FASTAPI[detail].format(method=request.method)

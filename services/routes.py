@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, HTTPException, Path, Query, Request, Resp
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
-from services.access import Admin, Events, Reader, Served, Submitter, address_of
+from services.access import Admin, Events, Reader, Served, Submitter, address_of, row_of
 from services.exports import packed
 from services.problems import answers
 from services.schemas import (
@@ -165,6 +165,7 @@ def status(sweep: SweepRef, who: Reader, service: Served) -> SweepStatus:
     responses=_READ | {200: {"content": {"text/event-stream": {}}}},
 )
 async def events(
+    request: Request,
     sweep: SweepRef,
     who: Reader,
     service: Served,
@@ -176,7 +177,10 @@ async def events(
     row = await asyncio.to_thread(service.find, who, sweep)
     if last_event_id is not None and last_event_id.isascii() and last_event_id.isdecimal():
         after = max(after, int(last_event_id[:18]))
-    stream = hub.listen(row.sweep, after=after, state=row.state)
+    shown = request.state.shown
+    stream = hub.listen(
+        row.sweep, after=after, state=row.state, allowed=lambda: row_of(service.store, shown) is not None
+    )
     return StreamingResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
@@ -227,7 +231,7 @@ async def report(
 ) -> Response:
     """The collapse report."""
     row = await asyncio.to_thread(service.find, who, sweep)
-    text = await service.report(row, format)
+    text = await service.report(who, row, format)
     headers = {"Content-Security-Policy": _ALONE} if format == "html" else {}
     return Response(text, media_type=_MEDIA_OF[format], headers=headers)
 
@@ -281,7 +285,7 @@ async def adapter(
     archive = service.scratch() / f"{secrets.token_hex(16)}.zip"
     gone = BackgroundTask(archive.unlink, missing_ok=True)
     try:
-        await service.planner.adapter(row.sweep, trial, archive)
+        await service.adapter(who, row, trial, archive)
     except BaseException:
         archive.unlink(missing_ok=True)
         raise
@@ -300,13 +304,13 @@ def _attached(name: str) -> dict[str, str]:
 @v1.post("/plan", operation_id="plan", responses=_POST, openapi_extra=_SPEC, tags=["specs"])
 async def plan(
     request: Request,
-    _who: Reader,
+    who: Submitter,
     service: Served,
     source: Source = "spec",
     timed: Annotated[bool, Query(description="Run a few steps to estimate the time.")] = False,
 ) -> Plan:
     """What a spec would run here."""
-    return await service.plan(await _text(request), source, timed=timed)
+    return await service.plan(who, await _text(request), source, timed=timed)
 
 
 @v1.post("/translate", operation_id="translate", responses=answers(400, 401, 403, 413, 422, 503), tags=["specs"])

@@ -7,9 +7,10 @@ import contextlib
 import hashlib
 import json
 import secrets
+import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -18,9 +19,9 @@ from typing import Any
 
 from services.auth import Principal
 from services.exports import export_of, trial_of
-from services.planning import Planned, Planner, Room
+from services.planning import BusyError, Planned, Planner, Room
 from services.policy import Places, with_ids
-from services.problems import RefusedError
+from services.problems import RefusedError, away
 from services.reading import Records, read_log
 from services.schemas import Accepted, Export, SweepPage, SweepStatus, SweepSummary
 from services.settings import Settings
@@ -42,6 +43,9 @@ _MOST_SUMMARIES, _MOST_STATUSES, _MOST_REPORTS = 4096, 1024, 16
 
 
 _MOST_SILENT_S = 60.0
+
+_MOST_UNDER_WAY = 4
+"""Plans that one user may have waiting or running at a time; and so many reports and adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +102,19 @@ class Service:
         self._summaries: OrderedDict[str, tuple[tuple[int, Submission], SweepSummary]] = OrderedDict()
         self._statuses: OrderedDict[str, tuple[tuple[int, Submission], SweepStatus]] = OrderedDict()
         self._reports: OrderedDict[str, tuple[int, str]] = OrderedDict()
+        self._under_way: Counter[tuple[str, str]] = Counter()
+        self._counting = threading.Lock()
         self._keys: dict[tuple[str, str], asyncio.Lock] = {}
 
     # -- submitting
 
-    async def plan(self, text: str, source: str, *, timed: bool) -> Plan:
+    async def plan(self, who: Principal, text: str, source: str, *, timed: bool) -> Plan:
         """What a spec would run here.
 
         Raises:
             InputError: it cannot run here; every fault of it.
         """
-        return Plan.model_validate((await self._planned(text, source, timed=timed)).plan)
+        return Plan.model_validate((await self._planned(who, text, source, timed=timed)).plan)
 
     async def submit(self, who: Principal, order: Order) -> tuple[Accepted, bool]:
         """Takes a sweep into the queue, once it has been planned; also whether it is new.
@@ -121,7 +127,7 @@ class Service:
         async with self._one_at_a_time(who.user, order.key):
             if order.key and (earlier := await asyncio.to_thread(self.store.by_key, who.user, order.key)):
                 return await asyncio.to_thread(self._accepted_before, earlier, order), False
-            planned = await self._planned(order.text, order.source)
+            planned = await self._planned(who, order.text, order.source)
             try:
                 return await asyncio.to_thread(self._enter, who, order, planned), True
             except KeyTakenError:  # by another process of the service, in the moment in between
@@ -129,9 +135,25 @@ class Service:
                 assert earlier is not None, "a key that is taken has a row"
                 return await asyncio.to_thread(self._accepted_before, earlier, order), False
 
-    async def _planned(self, text: str, source: str, *, timed: bool = False) -> Planned:
+    async def _planned(self, who: Principal, text: str, source: str, *, timed: bool = False) -> Planned:
         room = Room(self._devices, self.settings.most_workers)
-        return await self.planner.plan(text, source, self._places, room, timed=timed)
+        with self._one_of_few(who.user, "plans"):
+            return await self.planner.plan(text, source, self._places, room, timed=timed)
+
+    @contextlib.contextmanager
+    def _one_of_few(self, user: str, what: str) -> Iterator[None]:
+        """Keeps one user from filling the planner's queue. Only the event loop's thread comes here."""
+        if self._under_way[user, what] >= _MOST_UNDER_WAY:
+            raise BusyError(
+                f"one user may have {_MOST_UNDER_WAY} {what} under way at once, and {user} has; try again in a while"
+            )
+        self._under_way[user, what] += 1
+        try:
+            yield
+        finally:
+            self._under_way[user, what] -= 1
+            if not self._under_way[user, what]:
+                del self._under_way[user, what]
 
     @contextlib.asynccontextmanager
     async def _one_at_a_time(self, user: str, key: str | None) -> AsyncIterator[None]:
@@ -159,13 +181,12 @@ class Service:
 
     def _enter(self, who: Principal, order: Order, planned: Planned) -> Accepted:
         spec, plan = SweepSpec.model_validate(planned.spec), Plan.model_validate(planned.plan)
-        self._check_trials(who.user, plan.trials)
         name = order.name or spec.name
         sweep = f"{name}-{secrets.token_hex(3)}"
         created = SweepCreated(
             name=name,
             spec=planned.spec,
-            spec_text=hide_passwords(order.text),
+            spec_text=planned.text,
             source=order.source,
             plan=planned.plan,
             tracking_uri=hide_passwords(self._tracking_uri),
@@ -185,11 +206,17 @@ class Service:
             key=order.key,
             request_sha256=order.sha256,
         )
-        self.store.submit(submission, created, self._audit(who, "submit", sweep, address=order.address))
+        with self._counting:
+            self._check_trials(who.user, plan.trials)
+            self.store.submit(submission, created, self._audit(who, "submit", sweep, address=order.address))
         waits = self.supervisor.decide(self.store.in_states("queued")).reasons.get(sweep, "")
         return Accepted(sweep=sweep, state="queued", reason=waits, plan=plan)
 
-    def _check_trials(self, user: str, trials: int) -> None:
+    def _check_trials(self, user: str, trials: int, sweep: str = "") -> None:
+        """Refuses trials that a user may not have, whatever this sweep of theirs had before.
+
+        Whoever asks holds `_counting` until they are entered.
+        """
         most = self.settings.user_trials
         if most is None:
             return
@@ -199,7 +226,8 @@ class Service:
                 "could never run here",
                 HTTPStatus.UNPROCESSABLE_ENTITY,
             )
-        open_trials = sum(row.trials for row in self.store.in_states("queued", *DRIVEN) if row.owner == user)
+        others = (row for row in self.store.in_states("queued", *DRIVEN) if row.owner == user and row.sweep != sweep)
+        open_trials = sum(row.trials for row in others)
         if open_trials + trials > most:
             raise RefusedError(
                 f"the unfinished sweeps of {user} may have {most:,} trials together; they have {open_trials:,}, and "
@@ -214,35 +242,51 @@ class Service:
         try:
             self.store.counts()
         except InputError as error:
-            return str(error)
+            return away(error)
         silent_s = time.monotonic() - self.looked_at_s
         return "" if silent_s < _MOST_SILENT_S else f"nobody has looked after the queue for {silent_s:.0f} s"
 
     def find(self, who: Principal, reference: str) -> Submission:
         """A sweep by its id, its name, or `last`, among those that somebody may see.
 
+        A name, and `last`, are first those of their own sweeps, and only where they have none, of what they may see.
+
         Raises:
             SweepNotFoundError: there is none, or it is another's.
         """
         viewer = None if who.may("admin") else who.user
-        with contextlib.suppress(SweepNotFoundError):
-            row = self.store.get(reference)
-            if viewer is None or row.owner == viewer or row.shared:
-                return row
-        named = self.store.page(viewer=viewer, name=None if reference == "last" else reference, limit=1)
-        if not named:
+        found = self._exactly(viewer, reference) or self._latest(reference, owner=who.user)
+        if found is None and (found := self._latest(reference, viewer=viewer)) is None:
             raise SweepNotFoundError(
                 f"a sweep must be named by its id, its name or `last`; found {reference!r}; `list` has yours"
             )
-        return named[0]
+        return found
+
+    def _exactly(self, viewer: str | None, sweep: str) -> Submission | None:
+        """The sweep of this id, if the viewer may see it."""
+        with contextlib.suppress(SweepNotFoundError):
+            row = self.store.get(sweep)
+            return row if viewer is None or row.owner == viewer or row.shared else None
+        return None
+
+    def _latest(self, reference: str, *, viewer: str | None = None, owner: str | None = None) -> Submission | None:
+        """The latest sweep of this name, or the latest of all for `last`."""
+        name = None if reference == "last" else reference
+        return next(iter(self.store.page(viewer=viewer, owner=owner, name=name, limit=1)), None)
 
     def own(self, who: Principal, reference: str) -> Submission:
-        """The same, where it is to be changed.
+        """The same, where it is to be changed: another's goes by its id only, so that nobody's is changed by mistake.
 
         Raises:
+            SweepNotFoundError: there is none, or it is another's.
             RefusedError: it is another's, who only shares it.
         """
-        row = self.find(who, reference)
+        row = self._exactly(None if who.may("admin") else who.user, reference)
+        if row is None and (row := self._latest(reference, owner=who.user)) is None:
+            raise SweepNotFoundError(
+                f"a sweep must be named by its id, or one of your own by its name or `last`; found {reference!r}; "
+                "`list` has yours"
+            )
         if row.owner != who.user and not who.may("admin"):
             raise RefusedError(f"{row.sweep} is {row.owner}'s, who shares the sight of it only", HTTPStatus.FORBIDDEN)
         return row
@@ -263,9 +307,10 @@ class Service:
         version = (seq, replace(row, counted_s=0.0))
         if (kept := self._statuses.get(row.sweep)) is not None and kept[0] == version:
             return self._with_place(row, kept[1])
-        settings = self.settings
+        addresses = (self.settings.mlflow_url, self.settings.ray_address)
+        mlflow_url, ray_url = (None if one is None else hide_passwords(one) for one in addresses)
         with self._records.reading(row.sweep) as record:
-            made = status(record, row, row.state, mlflow_url=settings.mlflow_url, ray_url=settings.ray_address)
+            made = status(record, row, row.state, mlflow_url=mlflow_url, ray_url=ray_url)
         _keep(self._statuses, row.sweep, (version, made), most=_MOST_STATUSES)
         return self._with_place(row, made)
 
@@ -318,15 +363,21 @@ class Service:
         leftovers = tuple(one.model_copy(update={"text": self.shown(one.text)}) for one in made.leftovers)
         return made.model_copy(update={"files": files, "leftovers": leftovers})
 
-    async def report(self, row: Submission, form: str) -> str:
+    async def report(self, who: Principal, row: Submission, form: str) -> str:
         """The collapse report, as `json`, `md` or `html`."""
         version = (await asyncio.to_thread(self.ledger.last_seqs, [row.sweep])).get(row.sweep, 0)
         key = f"{row.sweep} {form}"
         if (kept := self._reports.get(key)) is not None and kept[0] == version:
             return kept[1]
-        text = self.shown(await self.planner.report(row.sweep, form))
+        with self._one_of_few(who.user, "reports and adapters"):
+            text = self.shown(await self.planner.report(row.sweep, form))
         _keep(self._reports, key, (version, text), most=_MOST_REPORTS)
         return text
+
+    async def adapter(self, who: Principal, row: Submission, trial: int | None, archive: Path) -> None:
+        """Packs the trained adapter of a trial, or of the best one, into a ZIP archive."""
+        with self._one_of_few(who.user, "reports and adapters"):
+            await self.planner.adapter(row.sweep, trial, archive)
 
     def shown(self, text: str) -> str:
         """A text in which models and data go by the names that their users gave them."""
@@ -351,11 +402,13 @@ class Service:
         raise RefusedError(f"{row.sweep} changes too fast to be cancelled; try again")
 
     def resume(self, who: Principal, row: Submission, address: str) -> Submission:
-        """Puts a sweep that was paused, failed or cancelled at the end of the queue again."""
+        """Queues a sweep again that was paused, failed or cancelled: in the place that its submission had."""
         if row.state not in ("paused", "failed", "cancelled"):
             raise RefusedError(f"what is resumed must be paused, failed or cancelled; {row.sweep} is {row.state}")
-        self._check_trials(row.owner, row.trials)
-        return self._queue_again(who, row, self._audit(who, "resume", row.sweep, address=address))
+        audit = self._audit(who, "resume", row.sweep, address=address)
+        with self._counting:
+            self._check_trials(row.owner, row.trials, row.sweep)
+            return self._queue_again(who, row, audit)
 
     def extend(self, who: Principal, row: Submission, trials: int, address: str) -> Submission:
         """Gives a sweep more trials, and queues it again."""
@@ -363,9 +416,10 @@ class Service:
             raise RefusedError(f"what is extended must not run; {row.sweep} is {row.state}: cancel it first, or wait")
         with self._records.reading(row.sweep) as record:
             extended(plan_of(record, row), record.spec, trials)  # or it says why not
-        self._check_trials(row.owner, trials)
         audit = self._audit(who, "extend", row.sweep, detail=f"to {trials} trials", address=address)
-        return self._queue_again(who, row, audit, trials=trials)
+        with self._counting:
+            self._check_trials(row.owner, trials, row.sweep)
+            return self._queue_again(who, row, audit, trials=trials)
 
     def _queue_again(self, who: Principal, row: Submission, audit: AuditEntry, **changes: Any) -> Submission:
         fresh: dict[str, Any] = {"attempts": 0, "not_before_s": 0.0, "delivering": False, "wanted": "", "wanted_by": ""}

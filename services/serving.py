@@ -52,6 +52,7 @@ def serve(**options: Any) -> None:
 
     All that can be set is in docs/service.md, as variables LORA_SWEEPS_*.
     """
+    from services.planning import clear_scratch
     from services.settings import read_settings
     from services.store import Store
     from sweeps.home import Home
@@ -62,6 +63,7 @@ def serve(**options: Any) -> None:
     with _alone(home), home.ledger() as ledger, ledger.database.alone("service"):
         store = Store(ledger)
         _check_exposure(settings, store)
+        clear_scratch(home)
         with _listening(settings) as listener, _mlflow(settings, home) as mlflow:
             url = f"{'https' if settings.tls_certificate else 'http'}://{_named(listener)}"
             _say_first_token(store, home, url)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -61,6 +62,26 @@ class _Channel:
             self.complete_after = self.recent.popleft().seq
 
 
+class _Permit:
+    """Whether a listener may still hear: asked for again once the last answer is too old."""
+
+    def __init__(self, allowed: Callable[[], bool]) -> None:
+        self._allowed, self._asked_s = allowed, time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it must be asked for again."""
+        return max(0.0, self._asked_s + _KEEPALIVE_S - time.monotonic())
+
+    async def holds(self) -> bool:
+        """Asks, if it is time."""
+        if self.left_s > 0:
+            return True
+        holds = await asyncio.to_thread(self._allowed)
+        self._asked_s = time.monotonic()
+        return holds
+
+
 class Hub:
     """Looks at the ledger for everybody who listens."""
 
@@ -98,20 +119,29 @@ class Hub:
         for channel in self._channels.values():
             channel.news.set()
 
-    async def listen(self, sweep: str, *, after: int, state: str) -> AsyncIterator[bytes]:
+    async def listen(
+        self, sweep: str, *, after: int, state: str, allowed: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[bytes]:
         """The events of a sweep after one, as server-sent events; the last, named `end`, once it has come to its end.
 
         Args:
             sweep: its id.
             after: number of the last event that the listener has.
             state: where the sweep stands in the queue.
+            allowed: whether the listener may still hear; asked in a thread, as often as silence is broken.
         """
+        permit, silent = _Permit(allowed), False
         channel = self._channels.setdefault(sweep, _Channel())
         channel.listeners += 1
         try:
             while not self._closing.is_set():
                 news = channel.news
                 try:
+                    if not await permit.holds():
+                        return
+                    if silent:
+                        silent = False
+                        yield KEEPALIVE_COMMENT
                     fresh = await self._fresh(sweep, channel, after)
                 except InputError:  # the database is away: better to wait for it than to have every listener come again
                     await asyncio.sleep(_LOOK_EVERY_S)
@@ -119,15 +149,17 @@ class Hub:
                 for sent in fresh:
                     after, state = sent.seq, sent.state or state
                     yield sent.data
+                    if permit.left_s <= 0:  # a slow listener takes long for these
+                        break
                 if fresh:
                     continue
                 if state not in OPEN:
                     yield format_sse_event(event="end", data_str=json.dumps({"state": state}), id=str(after))
                     return
                 try:
-                    await asyncio.wait_for(news.wait(), _KEEPALIVE_S)
+                    await asyncio.wait_for(news.wait(), permit.left_s)
                 except TimeoutError:
-                    yield KEEPALIVE_COMMENT
+                    silent = True
         finally:
             channel.listeners -= 1
             if not channel.listeners:

@@ -48,6 +48,16 @@ def test_the_unit_starts_a_command_that_there_is_and_leaves_drivers_alone():
     assert service["EnvironmentFile"] == "/etc/lora-sweeps/service.env"
 
 
+def test_what_running_drivers_need_outlives_the_service():
+    service = unit()["Service"]
+    # systemd deletes a private /tmp at every restart, and with it the sockets of Rays that run.
+    assert service["PrivateTmp"] == "no"
+    # ProtectSystem=strict leaves nothing else writable.
+    assert service["ProtectSystem"] == "strict"
+    assert set(service["ReadWritePaths"].split()) == {"/tmp", "/var/tmp"}
+    assert service["OOMPolicy"] == "continue"
+
+
 def test_systemd_understands_the_unit(tmp_path: Path):
     program = shutil.which("systemd-analyze")
     if program is None:

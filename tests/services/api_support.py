@@ -32,6 +32,7 @@ from sweeps.ledger import Ledger
 from sweeps.plan import make_plan
 from sweeps.records import read_sweep
 from sweeps.reduction import Reduction
+from sweeps.secrecy import hide_passwords
 from sweeps.space import Configuration
 from sweeps.spec import parse_spec
 from tests.services.service_support import TINY_SPEC, YAML
@@ -77,7 +78,7 @@ class Light:
         spec = await asyncio.to_thread(lambda: parse_submitted(text, source, places).spec)
         plan = make_plan(spec, Reduction.of(spec), workers=1, most_members=None)
         plan = plan.with_time(0.001) if timed else plan
-        return Planned(spec.model_dump(mode="json"), plan.model_dump(mode="json"), 1.0)
+        return Planned(spec.model_dump(mode="json"), plan.model_dump(mode="json"), 1.0, hide_passwords(text))
 
     async def report(self, sweep: str, form: str) -> str:
         from sweeps.report import build, render

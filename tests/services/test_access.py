@@ -103,6 +103,32 @@ def test_no_route_but_healthz_lets_a_stranger_in_and_nothing_happens(site: Site)
     assert site.planner.planned == 0
 
 
+MALFORMED = (b"{", b"[]", b'{"trials": "many"}', b"\xff\xfe", b"")
+
+
+def test_no_stranger_learns_what_is_wrong_with_a_body(site: Site):
+    site.enter("anns", *trained([0.5]), state="failed")
+    token = site.token("ann")
+    let_in, faults = set(), 0
+    for method, path in sorted(routes_of(site)):
+        place = path.replace("{sweep}", "anns").replace("{name}", "page.css")
+        for body in MALFORMED if method == "POST" else ():
+            sent = {"content": body, "headers": {"Content-Type": "application/json"}}
+            for wrong in (None, "lsw_wrong"):
+                answer = site.client(wrong).request(method, place, **sent)
+                if answer.status_code != 401 or "www-authenticate" not in answer.headers:
+                    let_in.add((path, body, answer.status_code))
+            faults += site.client(token).request(method, place, **sent).status_code in (400, 422)
+    assert not let_in
+    assert faults >= 2 * len(MALFORMED), "whoever has a token is told"
+
+
+def test_a_refused_body_is_counted_with_the_refused_tokens(site: Site):
+    json = {"Content-Type": "application/json"}
+    assert site.client("lsw_wrong").post("/v1/translate", content=b"{", headers=json).status_code == 401
+    assert "lora_sweeps_refused_tokens_total 1.0" in site.client().get("/metrics").text
+
+
 def test_refused_tokens_are_counted(site: Site):
     site.client("lsw_wrong").get("/v1/sweeps")
     assert "lora_sweeps_refused_tokens_total 1.0" in site.client().get("/metrics").text
@@ -147,7 +173,7 @@ def test_a_token_that_expires_later_opens_until_then(site: Site):
 @pytest.mark.parametrize(
     ("scope", "refused"),
     [
-        ("read", {"submit", "cancel", "resume", "extend", "audit"}),
+        ("read", {"submit", "plan", "cancel", "resume", "extend", "audit"}),
         ("submit", {"audit"}),
         ("admin", set()),
     ],
@@ -260,13 +286,12 @@ def test_every_answer_keeps_browsers_from_guessing(site: Site, path: str):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "", "localhost:x"])
-def test_a_foreign_host_is_refused_on_every_route(site: Site, host: str):
-    for path in ("/v1/sweeps", "/metrics", "/nowhere"):
+def test_a_foreign_host_is_refused_on_every_route_but_healthz(site: Site, host: str):
+    assert site.client("", Host=host).get("/healthz").status_code == 200
+    for path in ("/readyz", "/v1/sweeps", "/metrics"):
         answer = site.client("", Host=host).get(path)
         assert "LORA_SWEEPS_ALLOWED_HOSTS" in problem_of(answer, 400)["detail"]
         assert answer.headers["x-content-type-options"] == "nosniff"
-
-    assert site.client("", Host=host).get("/healthz").status_code == 200  # a probe calls it by any address
 
 
 def test_hosts_that_the_administrator_names_are_let_in(tmp_path: Path):

@@ -15,6 +15,8 @@ import httpx2 as httpx
 import pytest
 import uvicorn
 
+from services import auth, streaming
+from services.store import AuditEntry
 from services.streaming import Hub
 from sweeps.errors import StateError
 from sweeps.events import DriverStarted, QueueMoved, RungReported, SweepEnded
@@ -260,6 +262,35 @@ def _until(true: Callable[[], bool]) -> None:
             return
         waiting.wait(0.05)
     raise AssertionError("it did not come to pass")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_stream_ends_soon_after_its_token_was_revoked(site: Site, monkeypatch: pytest.MonkeyPatch, busy: bool):
+    monkeypatch.setattr(streaming, "_KEEPALIVE_S", 0.2)
+    site.enter("one", state="running")
+    token = site.token("ann")
+    headers = {"Authorization": f"Bearer {token}"}
+    ended = threading.Event()
+
+    def chatter() -> None:
+        while not ended.wait(0.02):
+            site.ledger.append("one", [DriverStarted(resumed=True)])
+
+    talker = threading.Thread(target=chatter)
+    with listening(site) as url, httpx.stream("GET", f"{url}/v1/sweeps/one/events", headers=headers) as answer:
+        lines = answer.iter_lines()
+        if busy:
+            talker.start()
+        try:
+            while not next(lines).startswith("event: driver_started" if busy else ":"):
+                pass
+            assert site.store.revoke_token((auth.split(token) or ("",))[0], AuditEntry("ann", "token revoke"))
+            assert "event: end" not in list(lines)
+        finally:
+            ended.set()
+            if busy:
+                talker.join()
+        _until(lambda: site.hub.listeners == 0)
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------

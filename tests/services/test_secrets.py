@@ -56,7 +56,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Lived:
             env = {"LORA_SWEEPS_DATABASE": database, "LORA_SWEEPS_TRACKING_URI": uri}
             with serving(directory / "home", "--devices", "2", **env) as served:
                 password = urlsplit(database).password or ""
-                one = Lived((CANARY, password, served.token.rpartition("_")[2]), served.home)
+                one = Lived((CANARY, password, served.token.split("_", 2)[2]), served.home)
                 _live(one, served)
                 one.said = stop(served)
             one.ledger = _rows(database)

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from lora_core import checkpoint
+from lora_core import files
 from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import (
     CheckpointError,
@@ -75,9 +75,9 @@ def test_a_crash_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path, mo
 
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace", "open"):
-            patch.setattr(checkpoint.os, name, dying(getattr(os, name)))
-        patch.setattr(checkpoint.tempfile, "mkstemp", dying(checkpoint.tempfile.mkstemp))
-        patch.setattr(checkpoint.Path, "unlink", dying(Path.unlink))
+            patch.setattr(files.os, name, dying(getattr(os, name)))
+        patch.setattr(files.tempfile, "mkstemp", dying(files.tempfile.mkstemp))
+        patch.setattr(files.Path, "unlink", dying(Path.unlink))
         try:
             save(tmp_path, 2.0, step=2)
         except KeyboardInterrupt:
@@ -94,9 +94,7 @@ def test_a_checkpoint_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     events = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(
-            checkpoint.os, name, lambda *args, name=name, real=real: (events.append(name), real(*args))[1]
-        )
+        monkeypatch.setattr(files.os, name, lambda *args, name=name, real=real: (events.append(name), real(*args))[1])
     save(tmp_path)
     assert events == ["fsync", "replace", "fsync"] * 2
 

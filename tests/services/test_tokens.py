@@ -51,21 +51,21 @@ def test_a_token_is_printed_once_and_kept_as_a_hash(cli: Run):
 
 def test_a_token_opens_a_running_service_until_it_is_revoked(cli: Run, served: Served):
     home = {"LORA_SWEEPS_HOME": str(served.home)}
-    text = cli("token", "create", "--user", "bob", "--scope", "read", **home).out.strip()
+    text = cli("token", "create", "--user", "newcomer", "--scope", "read", **home).out.strip()
     number = text.split("_")[1]
     with Client(served.url, text) as client:
-        assert list(client.list(owner="bob")) == []
+        assert list(client.list(owner="newcomer")) == []
         revoked = cli("token", "revoke", number, **home)
         assert (revoked.code, revoked.out) == (0, "")
-        assert f"revoked token {number} of bob" in revoked.err
+        assert f"revoked token {number} of newcomer" in revoked.err
         with pytest.raises(InputError, match="does not know, or that is no longer valid"):
-            list(client.list(owner="bob"))
+            list(client.list(owner="newcomer"))
     assert "had been revoked before" in cli("token", "revoke", number, **home).err
     states = {row["id"]: row["state"] for row in json.loads(cli("token", "list", "--json", **home).out)}
     assert states[number] == "revoked"
     with Ledger.in_directory(served.home) as ledger:
         done = [(one.action, one.detail) for one in Store(ledger).audit(limit=2)]
-    assert done == [("token revoke", f"{number} of bob"), ("token create", f"{number} for bob, scope read")]
+    assert done == [("token revoke", f"{number} of newcomer"), ("token create", f"{number} for newcomer, scope read")]
 
 
 def test_a_token_that_has_expired_opens_nothing(cli: Run, served: Served):

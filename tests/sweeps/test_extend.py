@@ -392,5 +392,5 @@ def test_a_sweep_that_was_created_and_never_driven_begins_when_it_is_resumed(fin
     assert trajectory_of(record_of(tmp_path)) == trajectory_of(record_of(finished.cwd))
     with Ledger.in_directory(tmp_path / ".lora-sweeps") as ledger:
         events = [record.event for record in ledger.read("waiting")]
-    assert [event for event in events if isinstance(event, DriverStarted)] == [DriverStarted(resumed=False)]
+    assert [event.resumed for event in events if isinstance(event, DriverStarted)] == [False]
     assert children_of(tmp_path, "waiting")["trial"] == 24

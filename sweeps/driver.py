@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sweeps import engine, tracking
+from sweeps import engine, nodes, tracking
 from sweeps.clock import Clock
 from sweeps.deliverables import write_report
 from sweeps.dtypes import with_dtype
@@ -221,16 +221,16 @@ def resume(
                     return driver.drive(_resources(record.spec, home), resumed=record.driven, trials=trials)
 
 
-def _resources(spec: SweepSpec, home: Home) -> engine.Resources:
+def _resources(spec: SweepSpec, home: Home) -> nodes.Resources:
     """What a worker takes of the connected cluster, which must have it, and see the checkpoints from all its nodes."""
-    resources = engine.resources(spec.compute.gpus_per_worker)
-    engine.check_fits(resources)
-    engine.check_shared(home.path)
+    resources = nodes.resources(spec.compute.gpus_per_worker)
+    nodes.check_fits(resources)
+    nodes.check_shared(home.path)
     return resources
 
 
-def _workers(spec: SweepSpec, resources: engine.Resources) -> int:
-    room = engine.cluster_workers(resources)
+def _workers(spec: SweepSpec, resources: nodes.Resources) -> int:
+    room = nodes.cluster_workers(resources)
     return room if spec.compute.workers == "auto" else min(spec.compute.workers, room)
 
 
@@ -253,7 +253,7 @@ class _Driver:
         experiment = read_sweep(ledger, sweep).created.experiment
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
 
-    def drive(self, resources: engine.Resources, *, resumed: bool, trials: int | None = None) -> Outcome:
+    def drive(self, resources: nodes.Resources, *, resumed: bool, trials: int | None = None) -> Outcome:
         """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held.
 
         Args:
@@ -308,7 +308,7 @@ class _Driver:
             append=self._append,
         )
 
-    def _run(self, searcher: PackSearcher, resources: engine.Resources) -> Exception | None:
+    def _run(self, searcher: PackSearcher, resources: nodes.Resources) -> Exception | None:
         """Runs the jobs and enters how they ended; returns what must be raised once everything is in order."""
         self._progress.stage("waiting for the first worker")
         failure: Exception | None = None

@@ -1,8 +1,8 @@
-"""Runs jobs on Ray: a local cluster of its own, or one that is there. With `worker.py`, all that knows of Ray.
+"""Runs jobs on Ray: a local cluster of its own, or one that is there.
 
 One Ray Tune trial is one job. Tune places jobs on workers and keeps the workers alive between them; it decides
 nothing and remembers nothing. What happened is in the ledger, so Tune's own experiment state goes to a temporary
-directory.
+directory. Beside this file only `nodes.py` and `worker.py` know of Ray.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sweeps.errors import ClusterError
 from sweeps.jobs import JobOrder, JobResult
+from sweeps.nodes import Resources
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -46,14 +46,6 @@ class Jobs(Protocol):
 
     def complete(self, result: JobResult, *, wall_s: float = 0.0) -> None:
         """Takes a job's result."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one worker takes."""
-
-    cpus: float
-    gpus: float
 
 
 @contextlib.contextmanager
@@ -104,71 +96,6 @@ def _connect(address: str | None, workers: int) -> None:
         raise ClusterError(
             f"{where} must be there to run on; it cannot be used: {str(error).splitlines()[0]}"
         ) from error
-
-
-def cluster_workers(resources: Resources) -> int:
-    """How many workers the connected cluster has room for, at least one."""
-    import ray
-
-    total = ray.cluster_resources()
-    by_cpu = total.get("CPU", 1.0) / resources.cpus
-    by_gpu = total.get("GPU", 0.0) / resources.gpus if resources.gpus else by_cpu
-    return max(1, int(min(by_cpu, by_gpu)))
-
-
-def check_fits(resources: Resources) -> None:
-    """Makes sure that some node of the connected cluster has room for a worker; Ray would wait for ever.
-
-    Raises:
-        ClusterError: none has.
-    """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(node.get("CPU", 0) >= resources.cpus and node.get("GPU", 0) >= resources.gpus for node in nodes):
-        return
-    found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-    raise ClusterError(
-        f"a worker takes {resources.cpus:g} CPU and {resources.gpus:g} GPUs of one node; the nodes have {found}; "
-        "lower compute.gpus_per_worker or use another cluster"
-    )
-
-
-def check_shared(directory: Path) -> None:
-    """Makes sure that every node of the connected cluster sees a directory of this machine, as checkpoints need.
-
-    Raises:
-        ClusterError: a node does not.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
-        return
-    probe = directory / f"probe-{secrets.token_hex(8)}"
-    probe.touch()
-    try:
-        see = ray.remote(num_cpus=0)(os.path.exists)
-        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        answers = ray.get([see.options(scheduling_strategy=one).remote(str(probe)) for one in strategies])
-    finally:
-        probe.unlink()
-    blind = [node["NodeManagerAddress"] for node, sees in zip(nodes, answers, strict=True) if not sees]
-    if blind:
-        raise ClusterError(
-            f"the state directory must be seen from every node, because checkpoints lie in it; {directory} is not seen "
-            f"from {', '.join(blind)}: set LORA_SWEEPS_HOME to a directory that all nodes share"
-        )
-
-
-def resources(gpus_per_worker: float | Literal["auto"]) -> Resources:
-    """What a worker takes of the connected cluster: one CPU, and one GPU where there are any, unless the spec says."""
-    import ray
-
-    if gpus_per_worker == "auto":
-        return Resources(1.0, 1.0 if ray.cluster_resources().get("GPU", 0.0) >= 1 else 0.0)
-    return Resources(1.0, gpus_per_worker)
 
 
 def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> None:

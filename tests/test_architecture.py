@@ -12,7 +12,7 @@ LAYERS = ("lora_core", "sweeps", "services")
 """From the bottom up: a package imports itself and those before it."""
 
 ONLY_IN = {
-    "ray": {"services/ray_jobs.py", "sweeps/engine.py", "sweeps/worker.py"},
+    "ray": {"services/ray_jobs.py", "sweeps/engine.py", "sweeps/nodes.py", "sweeps/worker.py"},
     "optuna": {"sweeps/study.py"},
     "mlflow": {"sweeps/tracking.py"},
     "sqlalchemy": {

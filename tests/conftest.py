@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.support import SMALL_SPEC, run_cli
+from services.cli import main
+from tests.support import SMALL_SPEC, Done, Here, run_cli
 
 # Whoever starts the tests in the background of a shell has them ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,6 +23,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("explore", database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs a command in this process: `here("validate", "spec.yaml", LORA_SWEEPS_HOME="…")`."""
+
+    def run(*arguments: str, **env: str) -> Done:
+        code: object = 0
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["lora-sweeps", *arguments])
+            try:
+                main()
+            except SystemExit as ended:
+                code = ended.code
+        captured = capsys.readouterr()
+        return Done(int(str(code or 0)), captured.out, captured.err)
+
+    return run
 
 
 @dataclass(frozen=True)

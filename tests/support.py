@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ search: {method: tpe, trials: 24, pruner: {type: successive_halving, rungs: [10,
 certify: {classes: 2, steps: 20}
 compute: {workers: 2, pack: 4}
 """
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What was printed, as strict JSON."""
+
+        def refuse(word: str) -> None:
+            raise AssertionError(f"{word} is no JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+Here = Callable[..., Done]
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from services.cli import main
 from sweeps.certificates import CertificateFile
-from tests.support import ROOT, start_cli
+from tests.support import ROOT, Here, start_cli
 
 SPEC = """\
 name: small
@@ -36,47 +33,18 @@ TWIN = "rank=4,alpha=64,lr=0.005,init_scale=0.5"
 FALSE = "rank=4,alpha=64,lr=0.0025,init_scale=0.5"
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What was printed, as strict JSON."""
-
-        def refuse(word: str) -> None:
-            raise AssertionError(f"{word} is no JSON")
-
-        return json.loads(self.out, parse_constant=refuse)
-
-
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("state")
 
 
 @pytest.fixture
-def cli(
-    tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
+def cli(tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch, here: Here) -> Here:
     """Runs `lora-sweeps` where there is a small spec."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_SWEEPS_HOME", str(state))
     Path("small.yaml").write_text(SPEC)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lora-sweeps", *arguments])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Done(int(str(code or 0)), captured.out, captured.err)
-
-    return run
+    return here
 
 
 def spec_with(old: str, new: str) -> str:
@@ -88,7 +56,7 @@ def spec_with(old: str, new: str) -> str:
 # -- what holds --------------------------------------------------------------------------------------------------------
 
 
-def test_all_classes_are_certified_and_the_json_promises_its_fields(cli: Callable[..., Done]):
+def test_all_classes_are_certified_and_the_json_promises_its_fields(cli: Here):
     done = cli("certify", "small.yaml", "--classes", "all", "--json")
     assert done.code == 0, done.err
     found = done.json
@@ -113,7 +81,7 @@ def test_all_classes_are_certified_and_the_json_promises_its_fields(cli: Callabl
     assert "training 3 classes, 6 twins, 5 steps each" in done.err
 
 
-def test_the_file_fits_the_schema_that_the_command_prints_and_checks_out(cli: Callable[..., Done]):
+def test_the_file_fits_the_schema_that_the_command_prints_and_checks_out(cli: Here):
     made = cli("certify", "small.yaml", "--classes", "1", "--steps", "3", "--output", "deep/down/c.json")
     assert made.code == 0
     assert "certificate   deep/down/c.json" in made.out
@@ -126,14 +94,14 @@ def test_the_file_fits_the_schema_that_the_command_prints_and_checks_out(cli: Ca
     assert (again["holds"], again["held"], again["reproduced"], again["changes"]) == (True, True, True, [])
 
 
-def test_a_certificate_goes_to_the_state_directory_unless_it_is_told_where(cli: Callable[..., Done], state: Path):
+def test_a_certificate_goes_to_the_state_directory_unless_it_is_told_where(cli: Here, state: Path):
     path = Path(cli("certify", "small.yaml", "--configuration", ONE, "--json").json["certificate"])
     assert path.parent == state / "certificates"
     assert path.name == f"small-{CertificateFile.read(path).sha256[:8]}.json"
     assert [each.name for each in Path().iterdir()] == ["small.yaml"]
 
 
-def test_configurations_are_certified_by_name_each_once(cli: Callable[..., Done]):
+def test_configurations_are_certified_by_name_each_once(cli: Here):
     other = "rank=2,alpha=4,lr=0.02,init_scale=2"
     done = cli(
         "certify", "small.yaml", *(part for each in (ONE, other, ONE) for part in ("--configuration", each)), "--json"
@@ -142,7 +110,7 @@ def test_configurations_are_certified_by_name_each_once(cli: Callable[..., Done]
     assert [(member["rank"], member["alpha"]) for member in members] == [(4, 16.0), (2, 4.0)]
 
 
-def test_a_class_that_diverges_is_strict_json_too(cli: Callable[..., Done]):
+def test_a_class_that_diverges_is_strict_json_too(cli: Here):
     spec = spec_with("adamw", "sgd")
     done = cli("certify", spec, "--configuration", ONE.replace("0.01", "1e6"), "--output", "wild.json", "--json")
     assert done.code == 0
@@ -153,7 +121,7 @@ def test_a_class_that_diverges_is_strict_json_too(cli: Callable[..., Done]):
     assert cli("certify", "--check", "wild.json").code == 0
 
 
-def test_words_tell_members_of_one_alpha_apart(cli: Callable[..., Done]):
+def test_words_tell_members_of_one_alpha_apart(cli: Here):
     done = cli("certify", "small.yaml", "--configuration", ONE, "--twin", TWIN, "--twin", FALSE)
     assert done.code == 1
     assert (
@@ -165,7 +133,7 @@ def test_words_tell_members_of_one_alpha_apart(cli: Callable[..., Done]):
 # -- what does not hold ------------------------------------------------------------------------------------------------
 
 
-def test_a_true_claim_exits_0_and_a_false_one_1_with_its_cause(cli: Callable[..., Done]):
+def test_a_true_claim_exits_0_and_a_false_one_1_with_its_cause(cli: Here):
     true = cli("certify", "small.yaml", "--configuration", ONE, "--twin", TWIN)
     assert true.code == 0
     assert "bit-identical at alpha 64" in true.out
@@ -182,9 +150,7 @@ def test_a_true_claim_exits_0_and_a_false_one_1_with_its_cause(cli: Callable[...
     assert cli("certify", "--check", "false.json", "--json").json["held"] is False
 
 
-def test_a_certificate_that_a_changed_law_breaks_no_longer_holds(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_certificate_that_a_changed_law_breaks_no_longer_holds(cli: Here, monkeypatch: pytest.MonkeyPatch):
     assert cli("certify", "small.yaml", "--configuration", ONE, "--output", "c.json").code == 0
     monkeypatch.setattr("sweeps.reduction.regauge", lambda point, gauge, law: point)
     broken = cli("certify", "--check", "c.json")
@@ -227,9 +193,7 @@ def test_a_certificate_that_a_changed_law_breaks_no_longer_holds(
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value)[:60],
 )
-def test_a_wrong_request_is_refused_in_words(
-    cli: Callable[..., Done], state: Path, arguments: tuple[str, ...], words: str
-):
+def test_a_wrong_request_is_refused_in_words(cli: Here, state: Path, arguments: tuple[str, ...], words: str):
     done = cli("certify", *arguments)
     assert done.code == 2
     assert words in done.err
@@ -239,7 +203,7 @@ def test_a_wrong_request_is_refused_in_words(
     assert Path("small.yaml").read_text() == SPEC
 
 
-def test_constants_that_do_not_travel_have_no_twins(cli: Callable[..., Done]):
+def test_constants_that_do_not_travel_have_no_twins(cli: Here):
     done = cli("certify", spec_with("train:", "reduction: {constants: fixed}\ntrain:"))
     assert done.code == 2
     assert (
@@ -258,7 +222,7 @@ def test_constants_that_do_not_travel_have_no_twins(cli: Callable[..., Done]):
     ids=["target", "rank", "lr", "spec"],
 )
 def test_a_forged_certificate_that_cannot_be_trained_is_refused(
-    cli: Callable[..., Done], change: Callable[[dict[str, Any]], None], words: str
+    cli: Here, change: Callable[[dict[str, Any]], None], words: str
 ):
     from sweeps.certificates import _sha256_of_json
 
@@ -278,9 +242,7 @@ def test_a_forged_certificate_that_cannot_be_trained_is_refused(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_verdicts_are_printed_though_the_disk_is_full(
-    cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, as_json: bool
-):
+def test_verdicts_are_printed_though_the_disk_is_full(cli: Here, monkeypatch: pytest.MonkeyPatch, as_json: bool):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -291,7 +253,7 @@ def test_verdicts_are_printed_though_the_disk_is_full(
     assert done.json["certificate"] is None if as_json else "bit-identical at alpha 4" in done.out
 
 
-def test_a_certificate_is_replaced_by_the_next(cli: Callable[..., Done]):
+def test_a_certificate_is_replaced_by_the_next(cli: Here):
     for seed in (0, 1):
         assert (
             cli("certify", spec_with("batch_size: 16", f"batch_size: 16, seed: {seed}"), "--output", "c.json").code == 0
@@ -317,7 +279,7 @@ def test_ctrl_c_exits_130_and_leaves_no_file(tmp_path: Path):
     assert [path.name for path in tmp_path.glob(".*")] == [".lora-sweeps"]
 
 
-def test_the_demo_has_twins_of_every_power_of_four(cli: Callable[..., Done]):
+def test_the_demo_has_twins_of_every_power_of_four(cli: Here):
     done = cli("certify", str(ROOT / "examples" / "digits.yaml"), "--classes", "4", "--steps", "5", "--json")
     assert done.code == 0
     twins = [member for each in done.json["classes"] for member in each["members"] if not member["representative"]]

@@ -5,42 +5,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from services.cli import main
 from tests.conftest import FinishedSweep
-from tests.support import SMALL_SPEC, run_cli
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
+from tests.support import SMALL_SPEC, Here, run_cli
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Here) -> Here:
     """Runs a command in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     for name in ("LORA_SWEEPS_HOME", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lora-sweeps", *arguments])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Done(int(str(code or 0)), captured.out, captured.err)
-
-    return run
+    return here
 
 
 def spec_with(changes: dict[str, str]) -> str:
@@ -77,7 +57,7 @@ BAD_SPECS = {
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize("case", BAD_SPECS, ids=lambda case: case.replace(" ", "-"))
-def test_a_bad_spec_is_refused_with_its_line_and_leaves_nothing(cli: Callable[..., Done], case: str, command: str):
+def test_a_bad_spec_is_refused_with_its_line_and_leaves_nothing(cli: Here, case: str, command: str):
     changes, needle, words = BAD_SPECS[case]
     text = spec_with(changes)
     Path("bad.yaml").write_text(text)
@@ -91,7 +71,7 @@ def test_a_bad_spec_is_refused_with_its_line_and_leaves_nothing(cli: Callable[..
     assert json.loads(cli("list", "--json").out) == []
 
 
-def test_all_faults_of_a_spec_come_at_once(cli: Callable[..., Done]):
+def test_all_faults_of_a_spec_come_at_once(cli: Here):
     Path("bad.yaml").write_text(
         spec_with({"init_scale": "init_scal", "steps: 40": "steps: 0", "name: small": "name: a b"})
     )
@@ -104,7 +84,7 @@ def test_all_faults_of_a_spec_come_at_once(cli: Callable[..., Done]):
     assert [fault["path"] for fault in faults] == ["name", "parameters.init_scal", "train.steps"]
 
 
-def test_init_writes_a_spec_that_validates_and_does_not_overwrite(cli: Callable[..., Done]):
+def test_init_writes_a_spec_that_validates_and_does_not_overwrite(cli: Here):
     assert cli("init").code == 0
     assert cli("validate", "sweep.yaml").out == "sweep.yaml: valid\n"
     assert json.loads(cli("validate", "sweep.yaml", "--json").out)["valid"] is True
@@ -116,13 +96,13 @@ def test_init_writes_a_spec_that_validates_and_does_not_overwrite(cli: Callable[
     assert cli("init", "--force").code == 0
 
 
-def test_schema_is_the_schema(cli: Callable[..., Done]):
+def test_schema_is_the_schema(cli: Here):
     schema = json.loads(cli("schema").out)
     assert schema["title"] == "lora-sweeps spec"
     assert "parameters" in schema["properties"]
 
 
-def test_plan_promises_its_fields(cli: Callable[..., Done]):
+def test_plan_promises_its_fields(cli: Here):
     Path("small.yaml").write_text(SMALL_SPEC)
     plan = json.loads(cli("plan", "small.yaml", "--json").out)
     assert plan["configurations"] is None
@@ -141,7 +121,7 @@ def test_plan_promises_its_fields(cli: Callable[..., Done]):
     assert " s of training" in words
 
 
-def test_plan_lists_every_class_of_a_grid(cli: Callable[..., Done]):
+def test_plan_lists_every_class_of_a_grid(cli: Here):
     changes = {"{min: 1e-3, max: 1e-1}": "{values: [0.1, 0.05]}", "{min: 0.25, max: 4}": "{values: [1, 2]}"}
     Path("grid.yaml").write_text(spec_with({**changes, "[4, 8, 16, 32, 64]": "[4, 16]"}))
     plan = json.loads(cli("plan", "grid.yaml", "--json", "--classes", "--no-time").out)
@@ -175,7 +155,7 @@ def test_plan_lists_every_class_of_a_grid(cli: Callable[..., Done]):
         (("run", "small.yaml", "--address", "nonsense"), "HOST:PORT"),
     ],
 )
-def test_a_wrong_request_is_refused_in_words(cli: Callable[..., Done], arguments: tuple[str, ...], words: str):
+def test_a_wrong_request_is_refused_in_words(cli: Here, arguments: tuple[str, ...], words: str):
     Path("small.yaml").write_text(SMALL_SPEC)
     done = cli(*arguments)
     assert done.code == 2
@@ -184,7 +164,7 @@ def test_a_wrong_request_is_refused_in_words(cli: Callable[..., Done], arguments
     assert done.out == ""
 
 
-def test_a_state_directory_that_cannot_be_made_is_refused(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
+def test_a_state_directory_that_cannot_be_made_is_refused(cli: Here, monkeypatch: pytest.MonkeyPatch):
     Path("small.yaml").write_text(SMALL_SPEC)
     Path("file").write_text("")
     monkeypatch.setenv("LORA_SWEEPS_HOME", "file/state")
@@ -193,7 +173,7 @@ def test_a_state_directory_that_cannot_be_made_is_refused(cli: Callable[..., Don
     assert "the state directory must be one that can be written" in done.err
 
 
-def test_a_tracking_server_that_does_not_answer_is_refused_before_anything_is_made(cli: Callable[..., Done]):
+def test_a_tracking_server_that_does_not_answer_is_refused_before_anything_is_made(cli: Here):
     Path("small.yaml").write_text(SMALL_SPEC + "tracking: {uri: 'http://127.0.0.1:9'}\n")
     done = cli("run", "small.yaml")
     assert done.code == 2
@@ -201,7 +181,7 @@ def test_a_tracking_server_that_does_not_answer_is_refused_before_anything_is_ma
     assert json.loads(cli("list", "--json").out) == []
 
 
-def test_reading_commands_make_no_state(cli: Callable[..., Done]):
+def test_reading_commands_make_no_state(cli: Here):
     assert cli("list").code == 0
     assert cli("best", "last").code == 2
     assert list(Path().iterdir()) == []
@@ -223,7 +203,7 @@ def test_list_best_and_report_speak_of_the_sweep(finished: FinishedSweep):
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?https?:""", html), "the page must work offline"
 
 
-def test_a_fault_of_ours_shows_the_trace_and_exits_1(cli: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
+def test_a_fault_of_ours_shows_the_trace_and_exits_1(cli: Here, monkeypatch: pytest.MonkeyPatch):
     def broken(_path: Path) -> None:
         raise RuntimeError("ours")
 

@@ -8,54 +8,35 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from services import credentials
-from services.cli import main
 from sweeps.events import DriverStarted, SweepCreated, SweepEnded
 from sweeps.ledger import Ledger
 from sweeps.plan import make_plan
 from sweeps.reduction import Reduction
 from tests.services.client_support import finished_sweep, settle
 from tests.services.service_support import TINY_SPEC, Served
-from tests.services.test_cli import Done
-from tests.support import command, environment, run_cli
+from tests.support import Here, command, environment, run_cli
 from tests.sweeps.support import make_created, make_spec
 
 LONG_SPEC = TINY_SPEC.replace("name: tiny", "name: long").replace("steps: 4", "steps: 200000")
 
-Run = Callable[..., Done]
-
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Here) -> Here:
     """Runs a command in an empty working directory, with an environment for it."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("LORA_SWEEPS", "MLFLOW"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-
-    def run(*arguments: str, **env: str) -> Done:
-        with monkeypatch.context() as patch:
-            for name, value in env.items():
-                patch.setenv(name, value)
-            patch.setattr(sys, "argv", ["lora-sweeps", *arguments])
-            code: object = 0
-            try:
-                main()
-            except SystemExit as ended:
-                code = ended.code
-        captured = capsys.readouterr()
-        return Done(int(str(code or 0)), captured.out, captured.err)
-
-    return run
+    return here
 
 
 @pytest.fixture
-def there(cli: Run, served: Served) -> Run:
+def there(cli: Here, served: Served) -> Here:
     """The same, of a service, whose token lies in a file."""
     path = Path("tokens").absolute()
     credentials.save(path, served.url, served.token)
@@ -94,7 +75,7 @@ def _written() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("arguments", SAME, ids=" ".join)
 def test_a_command_prints_and_writes_the_same_here_and_there(
-    cli: Run, there: Run, served: Served, arguments: tuple[str, ...]
+    cli: Here, there: Here, served: Served, arguments: tuple[str, ...]
 ):
     sweep = finished_sweep(served)
     settle(served)
@@ -113,7 +94,7 @@ def test_a_command_prints_and_writes_the_same_here_and_there(
         assert here.err.startswith("error: ")
 
 
-def test_watching_prints_the_same_outcome_here_and_there(cli: Run, there: Run, served: Served):
+def test_watching_prints_the_same_outcome_here_and_there(cli: Here, there: Here, served: Served):
     sweep = finished_sweep(served)
     here = cli("watch", sweep, LORA_SWEEPS_HOME=str(served.home))
     remote = there("watch", sweep)
@@ -127,7 +108,7 @@ def test_watching_prints_the_same_outcome_here_and_there(cli: Run, there: Run, s
     assert json.loads(as_json[0].out)["mlflow"]["delivered"] is True
 
 
-def test_a_name_and_last_go_here_and_there(cli: Run, there: Run, served: Served):
+def test_a_name_and_last_go_here_and_there(cli: Here, there: Here, served: Served):
     """Here they mean every sweep of the state directory, there one's own first."""
     finished_sweep(served)
     here = json.loads(cli("status", "tiny", "--json", LORA_SWEEPS_HOME=str(served.home)).out)
@@ -137,7 +118,7 @@ def test_a_name_and_last_go_here_and_there(cli: Run, there: Run, served: Served)
     assert there("best", "nosuch").code == 2
 
 
-def test_the_server_may_stand_in_the_environment(cli: Run, served: Served):
+def test_the_server_may_stand_in_the_environment(cli: Here, served: Served):
     sweep = finished_sweep(served)
     done = cli("watch", sweep, LORA_SWEEPS_SERVER=served.url, LORA_SWEEPS_TOKEN=served.token)
     assert done.code == 0
@@ -148,7 +129,7 @@ def test_the_server_may_stand_in_the_environment(cli: Run, served: Served):
     assert "no sweeps yet: start one with `lora-sweeps run SPEC`" in here.err
 
 
-def test_a_wrong_spec_is_refused_in_the_words_of_validate(cli: Run, there: Run):
+def test_a_wrong_spec_is_refused_in_the_words_of_validate(cli: Here, there: Here):
     Path("bad.yaml").write_text(TINY_SPEC.replace("steps: 4", "steps: many").replace("name: tiny", "name: a b"))
     here, remote = cli("validate", "bad.yaml"), there("submit", "bad.yaml")
     assert here == remote
@@ -157,7 +138,7 @@ def test_a_wrong_spec_is_refused_in_the_words_of_validate(cli: Run, there: Run):
     assert there("submit", "nosuch.yaml") == cli("validate", "nosuch.yaml")
 
 
-def test_a_sweep_is_submitted_watched_left_cancelled_and_extended(there: Run, served: Served):
+def test_a_sweep_is_submitted_watched_left_cancelled_and_extended(there: Here, served: Served):
     Path("long.yaml").write_text(LONG_SPEC)
     submitted = there("submit", "long.yaml", "--shared", "--priority", "-1")
     assert submitted.code == 0, submitted.err
@@ -217,7 +198,7 @@ def test_a_sweep_is_submitted_watched_left_cancelled_and_extended(there: Run, se
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_a_wrong_request_is_refused_in_words(there: Run, served: Served, arguments: tuple[str, ...], words: str):
+def test_a_wrong_request_is_refused_in_words(there: Here, served: Served, arguments: tuple[str, ...], words: str):
     sweep = finished_sweep(served)
     Path("long.yaml").write_text(LONG_SPEC)
     Path("taken").write_text("")
@@ -228,7 +209,7 @@ def test_a_wrong_request_is_refused_in_words(there: Run, served: Served, argumen
     assert done.out == ""
 
 
-def test_a_token_file_that_others_can_read_is_refused(there: Run):
+def test_a_token_file_that_others_can_read_is_refused(there: Here):
     os.chmod("tokens", 0o644)
     done = there("list")
     assert done.code == 2
@@ -236,7 +217,7 @@ def test_a_token_file_that_others_can_read_is_refused(there: Run):
     assert "has 0644" in done.err
 
 
-def test_a_token_in_clear_is_warned_of_in_one_line(cli: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_token_in_clear_is_warned_of_in_one_line(cli: Here, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("services.connection._WAITS_S", ())
     done = cli("list", "--server", "http://192.0.2.1.invalid", LORA_SWEEPS_TOKEN="lsw_x")
     assert done.code == 2
@@ -260,7 +241,7 @@ def by_hand(tmp_path: Path) -> str:
     return "test-1"
 
 
-def test_what_takes_a_service_says_so_without_one(cli: Run, by_hand: str):
+def test_what_takes_a_service_says_so_without_one(cli: Here, by_hand: str):
     Path("spec.yaml").write_text(TINY_SPEC)
     for arguments, words in (
         (
@@ -278,7 +259,7 @@ def test_what_takes_a_service_says_so_without_one(cli: Run, by_hand: str):
         assert words in done.err
 
 
-def test_a_sweep_by_hand_is_shown_and_watched(cli: Run, by_hand: str, tmp_path: Path):
+def test_a_sweep_by_hand_is_shown_and_watched(cli: Here, by_hand: str, tmp_path: Path):
     found = cli("status", "last")
     assert found.out.startswith(f"sweep         {by_hand}: interrupted\n")
     assert "owner" not in found.out
@@ -294,7 +275,7 @@ def test_a_sweep_by_hand_is_shown_and_watched(cli: Run, by_hand: str, tmp_path: 
     assert "paused: no GPU left; go on with" in cli("watch", "last").err
 
 
-def test_a_driver_by_hand_is_asked_to_end(cli: Run, by_hand: str, tmp_path: Path):
+def test_a_driver_by_hand_is_asked_to_end(cli: Here, by_hand: str, tmp_path: Path):
     code = (
         "import signal, sys\nfrom sweeps.home import Home\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         f"with Home.open().driving({by_hand!r}):\n    print('drives', flush=True)\n    signal.pause()\n"
@@ -311,7 +292,7 @@ def test_a_driver_by_hand_is_asked_to_end(cli: Run, by_hand: str, tmp_path: Path
         assert driver.wait(timeout=30) == 7
 
 
-def test_what_a_service_looks_after_is_left_to_it(cli: Run, served: Served):
+def test_what_a_service_looks_after_is_left_to_it(cli: Here, served: Served):
     sweep = finished_sweep(served)
     for arguments in (("cancel", sweep), ("resume", sweep), ("extend", sweep, "--trials", "9")):
         done = cli(*arguments, LORA_SWEEPS_HOME=str(served.home))
@@ -319,7 +300,7 @@ def test_what_a_service_looks_after_is_left_to_it(cli: Run, served: Served):
         assert f"`lora-sweeps {arguments[0]} {sweep} --server URL` asks it" in done.err
 
 
-def test_looking_makes_nothing(cli: Run):
+def test_looking_makes_nothing(cli: Here):
     for arguments in (("list",), ("status", "last"), ("watch", "last"), ("logs", "last"), ("cancel", "last")):
         cli(*arguments)
     assert cli("token", "list").code == 0

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from lora_core.conformance import CLIPPED, Case, Regimen, same_bits
 from lora_core.gauge import FactorSettings, Gauge, Point, default_init, regauge
 from lora_core.laws import LAWS
 from lora_core.presets import PRESETS
-from services.cli import main
 from sweeps.errors import InputError
 from sweeps.translate import Run, Target, Written, translate
-from tests.support import ROOT, run_cli
+from tests.support import ROOT, Here, run_cli
 
 KEYS = {
     *("rank", "alpha", "rslora", "scaling", "lr", "lr_ratio", "init_scale", "weight_decay"),
@@ -32,35 +31,14 @@ KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Done]
-
-
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(here: Here) -> Here:
     """Runs `translate`, in this process."""
-
-    def run(line: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lora-sweeps", "translate", *line.split()])
-        code: object = 0
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return Done(int(str(code or 0)), captured.out, captured.err)
-
-    return run
+    return lambda line: here("translate", *line.split())
 
 
 @pytest.fixture
-def answer(cli: Cli) -> Callable[[str], dict[str, Any]]:
+def answer(cli: Here) -> Callable[[str], dict[str, Any]]:
     """The JSON that `translate` prints."""
 
     def run(line: str) -> dict[str, Any]:
@@ -227,7 +205,7 @@ def test_alpha_and_init_scale_together_change_lr_ratio(answer: Callable[[str], d
     assert rprop["weight_decay"] is None
 
 
-def test_a_rounded_number_is_not_called_bit_exact(cli: Cli, answer: Callable[[str], dict[str, Any]]) -> None:
+def test_a_rounded_number_is_not_called_bit_exact(cli: Here, answer: Callable[[str], dict[str, Any]]) -> None:
     # 0.3 x 7 / 7 is another float than 0.3.
     found = answer("--rank 7 --alpha 49 --lr 1 --rslora --to-lora")
     as_trained = 49 / math.sqrt(7)
@@ -263,7 +241,7 @@ def test_a_preset_with_another_optimizer_gives_it_only_what_it_has(answer: Calla
     assert (found["weight_decay"], found["eps"], found["clip_norm"]) == (None, None, 1.0)
 
 
-def test_a_head_trained_along_is_warned_of(cli: Cli) -> None:
+def test_a_head_trained_along_is_warned_of(cli: Here) -> None:
     done = cli("--from-preset roberta-base-nlu --to-alpha 64")
     assert "warning: roberta-base-nlu trains classifier too" in done.out
     assert "an lr of its own (0.0005, as it was) and keep it outside the clip" in done.out
@@ -337,7 +315,7 @@ _REFUSED: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("line", "words"), _REFUSED, ids=[f"{i}-{row[0][-40:]}" for i, row in enumerate(_REFUSED)])
-def test_a_wrong_request_is_refused_in_words(cli: Cli, line: str, words: str) -> None:
+def test_a_wrong_request_is_refused_in_words(cli: Here, line: str, words: str) -> None:
     done = cli(f"{line} --json")
     assert done.code == 2
     assert words in done.err
@@ -378,7 +356,7 @@ def test_the_program_prints_a_table_and_what_it_rests_on(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_words_say_what_moved_and_whether_it_is_exact(cli: Cli) -> None:
+def test_the_words_say_what_moved_and_whether_it_is_exact(cli: Here) -> None:
     rough = cli(f"{_ADAMW} --to-alpha 32 --weight-decay 0.1").out
     assert "not bit-exact: the factor 1.4142135623730951 on A and B is no power of two" in rough
     assert "weight decay 0.1414213562373095" in rough

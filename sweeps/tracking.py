@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sweeps.errors import TrackingError
+from sweeps.errors import LedgerAwayError, TrackingError
 from sweeps.events import Delivered, Record
 from sweeps.ledger import Ledger
 from sweeps.projection import ARTIFACTS_DELIVERED, ARTIFACTS_TAG, Projection, RunKey, RunWrite
@@ -282,7 +282,7 @@ def _is_transient(error: Exception) -> bool:
         return status() >= 500 or status() in (404, 408, 429)
     if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
         return False
-    return isinstance(error, (OSError, sa.exc.DBAPIError))
+    return isinstance(error, (OSError, sa.exc.DBAPIError, LedgerAwayError))
 
 
 def _words(error: Exception) -> str:

@@ -57,17 +57,16 @@ class Entry:
     Whoever has lost the answer to a commit does not know whether it was carried out; a second attempt looks.
 
     Attributes:
+        sweep: whose they are.
+        rows: what is entered.
         after: an event of the sweep that was there before these were first tried; 0 where none is known.
     """
 
-    def __init__(self, sweep: str, events: Iterable[Event], *, after: int = 0) -> None:
-        self._sweep = sweep
-        self._rows = [_row(sweep, event) for event in events]
+    def __init__(self, sweep: str, events: Iterable[Event]) -> None:
+        self.sweep = sweep
+        self.rows = [_row(sweep, event) for event in events]
         self._tried = False
-        self.after = after
-
-    def __bool__(self) -> bool:
-        return bool(self._rows)
+        self.after = 0
 
     def into(self, connection: sa.Connection) -> None:
         """Enters the rows within a connection's transaction, unless they are there already."""
@@ -75,24 +74,24 @@ class Entry:
         # One appender at a time to a sweep, so that its numbers become visible in order; SQLite has but one. And an
         # attempt whose answer was lost has come to its end, whichever, when the next one has the lock.
         last = sa.select(sa.func.max(_EVENTS.c.seq)).where(_EVENTS.c.sweep == _SWEEPS.c.id).scalar_subquery()
-        last_seq = connection.scalar(sa.select(last).where(_SWEEPS.c.id == self._sweep).with_for_update())
+        last_seq = connection.scalar(sa.select(last).where(_SWEEPS.c.id == self.sweep).with_for_update())
         if again:
             if self._is_entered(connection):
                 return
         else:
             self.after = last_seq or self.after
-        connection.execute(_EVENTS.insert(), self._rows)
+        connection.execute(_EVENTS.insert(), self.rows)
 
     def _is_entered(self, connection: sa.Connection) -> bool:
-        times = [row["at_s"] for row in self._rows]
+        times = [row["at_s"] for row in self.rows]
         found = connection.execute(
             sa.select(_EVENTS.c.at_s, _EVENTS.c.payload).where(
-                _EVENTS.c.sweep == self._sweep,
+                _EVENTS.c.sweep == self.sweep,
                 _EVENTS.c.seq > self.after,
                 _EVENTS.c.at_s.between(min(times), max(times)),
             )
         )
-        return {(row["at_s"], row["payload"]) for row in self._rows} <= {(at_s, payload) for at_s, payload in found}
+        return {(row["at_s"], row["payload"]) for row in self.rows} <= {(at_s, payload) for at_s, payload in found}
 
 
 class Ledger:
@@ -124,9 +123,17 @@ class Ledger:
     def append(self, sweep: str, events: Iterable[Event], connection: sa.Connection | None = None) -> None:
         """Appends events in one transaction, that of a connection where one is given: a reader sees all or none."""
         entry = Entry(sweep, events)
-        if entry:
-            with self._within(connection) as connection:
-                entry.into(connection)
+        if not entry.rows:
+            return
+        if connection is None:
+            self.enter(entry)
+        else:
+            entry.into(connection)
+
+    def enter(self, entry: Entry) -> None:
+        """Enters what is appended, in a transaction of its own."""
+        with self.database.writing() as connection:
+            entry.into(connection)
 
     def read(self, sweep: str, *, after: int = 0) -> list[Record]:
         """The events of a sweep in order, from those after a sequence number on."""

@@ -6,13 +6,10 @@ A sweep has work under way that goes on meanwhile and must not be lost; a reques
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
-import sqlalchemy as sa
-
 from sweeps.errors import LedgerAwayError
-from sweeps.events import Event
 from sweeps.ledger import Entry, Ledger, SweepName
 
 T = TypeVar("T")
@@ -55,19 +52,11 @@ class PatientLedger(Ledger):
         self._away_since_s: float | None = None
         self._known_seqs: dict[str, int] = {}
 
-    def append(self, sweep: str, events: Iterable[Event], connection: sa.Connection | None = None) -> None:
-        """Appends events in one transaction, as soon as the server is there; at once within that of a connection."""
-        if connection is not None:
-            super().append(sweep, events, connection)
-            return
-        entry = Entry(sweep, events, after=self._known_seqs.get(sweep, 0))
-        if entry:
-            self._patiently(lambda: self._enter(entry))
-            self._known_seqs[sweep] = entry.after
-
-    def _enter(self, entry: Entry) -> None:
-        with self.database.writing() as connection:
-            entry.into(connection)
+    def enter(self, entry: Entry) -> None:
+        """Enters what is appended, as soon as the server is there."""
+        entry.after = self._known_seqs.get(entry.sweep, 0)
+        self._patiently(lambda: super(PatientLedger, self).enter(entry))
+        self._known_seqs[entry.sweep] = entry.after
 
     def read_raw(self, sweep: str, *, after: int = 0, limit: int | None = None) -> list[tuple[int, float, str]]:
         """Events as they are stored."""

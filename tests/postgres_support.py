@@ -46,12 +46,15 @@ def postgresql(directory: Path) -> Iterator[str]:
             *["-U", "lora", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync"],
             f"--pwfile={own / 'password'}",
         )
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={own / 'socket'} -c fsync=off"
-        _run(own, "pg_ctl", "-w", "-l", str(own / "log"), "-o", options, "start")
+        settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": own / "socket"}
+        with (own / "data" / "postgresql.conf").open("a") as file:  # where another start finds them
+            file.writelines(f"{name} = '{value}'\n" for name, value in (settings | {"fsync": "off"}).items())
+        start(directory)
         try:
             yield f"postgresql://lora:{password}@127.0.0.1:{port}/postgres"
         finally:
-            _run(own, "pg_ctl", "-w", "-m", "immediate", "stop")
+            if (own / "data" / "postmaster.pid").exists():
+                kill(directory)
 
 
 _OWN: dict[Path, Path] = {}
@@ -61,6 +64,17 @@ def restart(directory: Path) -> None:
     """Restarts a server: every connection breaks."""
     own = _OWN[directory]
     _run(own, "pg_ctl", "-w", "-m", "fast", "-l", str(own / "log"), "restart")
+
+
+def kill(directory: Path) -> None:
+    """Ends a server at once, without a word to anybody, as a crash does; it is recovered when it is started again."""
+    _run(_OWN[directory], "pg_ctl", "-w", "-m", "immediate", "stop")
+
+
+def start(directory: Path) -> None:
+    """Starts a server that was killed."""
+    own = _OWN[directory]
+    _run(own, "pg_ctl", "-w", "-t", "300", "-l", str(own / "log"), "start")
 
 
 def _run(own: Path, program: str, *arguments: str) -> None:

@@ -27,6 +27,7 @@ from sweeps.secrecy import hide_passwords
 from sweeps.tracking_address import (
     absolute_uri,
     check_address,
+    check_artifact_location,
     default_uri,
     deleted_experiment,
     open_command,
@@ -316,3 +317,5 @@ def _ask_client(uri: str, experiment: str, found: str) -> None:
         ) from error
     if known is not None and known.lifecycle_stage != "active":
         raise TrackingError(deleted_experiment(experiment, known.experiment_id))
+    if known is not None:
+        check_artifact_location(known.artifact_location)

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,11 @@ class Database:
             ) from error
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
+    def alone(self, what: str) -> Iterator[Callable[[], bool]]:
         """Holds the database for one of a kind, as long as the context lasts; the system takes it back at the end.
 
-        A PostgreSQL that is restarted forgets who held it.
+        A PostgreSQL that is restarted forgets who held it. What is yielded takes it again, and says whether nobody else
+        has it; whoever means to stay the only one calls it now and then, one thread at a time.
 
         Args:
             what: whoever wants to be the only one, in words.
@@ -156,17 +157,19 @@ class Database:
         Raises:
             StateError: another one holds it.
         """
-        with self.reading() as connection, ExitStack() as held:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            if connection.dialect.name == "postgresql":
-                lock = sa.select(sa.func.pg_try_advisory_lock(_TABLES_LOCK, zlib.crc32(what.encode()) & 0x7FFFFFFF))
-                got = bool(connection.scalar(lock))  # until the connection is closed
-                held.callback(connection.invalidate)
+        taken = f"one {what} uses a ledger at a time; another one uses {self.shown} now"
+        with ExitStack() as held:
+            if self._engine.dialect.name == "postgresql":
+                session = _Session(self._engine, zlib.crc32(what.encode()) & 0x7FFFFFFF)
+                held.callback(session.let_go)
+                with self.reading():  # whose words these are, where there is no server
+                    got, still = session.take(), session.holds
             else:
-                got = _lock_file(f"{connection.engine.url.database}-{what.replace(' ', '-')}.lock", held)
+                got = _lock_file(f"{self._engine.url.database}-{what.replace(' ', '-')}.lock", held)
+                still = _certainly
             if not got:
-                raise StateError(f"one {what} uses a ledger at a time; another one uses {self.shown} now")
-            yield
+                raise StateError(taken)
+            yield still
 
     def close(self) -> None:
         """Closes every connection."""
@@ -188,6 +191,61 @@ class Database:
 
 _TABLES_LOCK = 0x6C6F7261
 """Any number of our own."""
+
+
+class _Session:
+    """A session of a PostgreSQL that holds an advisory lock, and is begun anew where the server has forgotten it."""
+
+    def __init__(self, engine: sa.Engine, number: int) -> None:
+        self._engine = engine
+        self._lock = sa.select(sa.func.pg_try_advisory_lock(_TABLES_LOCK, number))
+        self._connection: sa.Connection | None = None
+        self._own: dict[str, object] = {}
+
+    def take(self) -> bool:
+        """Takes the lock; False where another session has it."""
+        if self._connection is None:
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not self._connection.scalar(self._lock):
+            return False
+        own = sa.text("SELECT pid, backend_start AS began FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+        self._own = dict(self._connection.execute(own).mappings().one())
+        return True
+
+    def holds(self) -> bool:
+        """Whether the lock is ours, or will be: a server that is away has nobody else."""
+        try:
+            if self._connection is not None:
+                self._connection.execute(sa.text("SELECT 1"))
+                return True
+        except sa.exc.DBAPIError:
+            self.let_go()
+        try:
+            if self.take():
+                return True
+            # Where the way was cut, the server may have kept the session that we had.
+            ended = self._connection and self._connection.scalar(
+                sa.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid AND backend_start = :began"
+                ),
+                self._own,
+            )
+            self.let_go()
+            return bool(ended)  # and is taken at the next call
+        except sa.exc.DBAPIError:
+            self.let_go()
+            return True
+
+    def let_go(self) -> None:
+        """Ends the session, and with it the lock."""
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
+
+
+def _certainly() -> bool:
+    return True
 
 
 def _lock_file(path: str, held: ExitStack) -> bool:

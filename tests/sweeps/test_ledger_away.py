@@ -206,6 +206,7 @@ class Proxy:
         self.port = int(self._listener.getsockname()[1])
         self.breaking: str | None = None
         self.broken = 0
+        self._forgetting = False
         self._threads: list[threading.Thread] = []
         self._sockets: list[socket.socket] = []
         self._go(self._accept)
@@ -219,6 +220,13 @@ class Proxy:
             thread.join()
         for one in self._sockets:
             one.close()
+
+    def forget(self) -> None:
+        """Ends every connection towards the client, and keeps it open towards the server."""
+        self.broken += 1
+        self._forgetting = True
+        for client in self._sockets[::2]:
+            self._end(client)
 
     def _go(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
@@ -247,7 +255,8 @@ class Proxy:
                         break
                     lost.set()
                 server.sendall(data)
-        self._end(client, server)
+        if not self._forgetting:
+            self._end(client, server)
 
     def _answers(self, client: socket.socket, server: socket.socket, lost: threading.Event) -> None:
         with contextlib.suppress(OSError):
@@ -310,6 +319,48 @@ def test_equal_events_of_two_appends_are_both_entered_whatever_was_lost(server: 
             proxy.breaking = breaking
             driver.append(SWEEP, STARTED[:1])
         assert entered(ledger) == 3 * STARTED[:1]
+
+
+# -- the only one ------------------------------------------------------------------------------------------------------
+
+
+def test_who_was_the_only_one_is_so_again_after_a_restart(server: Server):
+    with Ledger(server.url) as ledger, Ledger(server.url) as other, ledger.database.alone("service") as alone:
+        assert alone()
+        server.kill()
+        assert alone()  # nobody else is there either
+        server.start()
+        assert alone()
+        with pytest.raises(StateError, match="one service uses a ledger at a time"), other.database.alone("service"):
+            pass
+        with other.database.alone("something else"):
+            pass
+
+
+def test_who_comes_too_late_after_a_restart_learns_that_another_has_it(server: Server):
+    with Ledger(server.url) as ledger, Ledger(server.url) as other, ledger.database.alone("service") as alone:
+        server.kill()
+        server.start()
+        with other.database.alone("service") as others:
+            assert not alone()
+            assert others()
+        assert alone()
+
+
+def test_a_session_of_our_own_that_the_server_kept_does_not_stand_in_the_way(server: Server, proxy: Proxy):
+    with Ledger(through(server, proxy)) as ledger, ledger.database.alone("service") as alone:
+        proxy.forget()  # to the server it looks as if the client were there still
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while True:
+            assert alone()
+            with Ledger(server.url) as other:
+                try:
+                    with other.database.alone("service"):
+                        pass
+                except StateError:
+                    break
+            assert time.monotonic() < deadline_s
+    assert proxy.broken == 1
 
 
 # -- a sweep -----------------------------------------------------------------------------------------------------------
@@ -375,11 +426,12 @@ def test_a_server_that_is_killed_again_and_again_costs_a_sweep_nothing_but_time(
     (tmp_path / "small.yaml").write_text(SMALL_SPEC)
     with running(tmp_path, server, "run", "small.yaml") as process:
         ended = 0
-        for time_away in (1, 2, 3):
+        for time_away, seconds in ((1, 0), (2, 0), (3, 3)):
             wait_until(lambda: jobs_ended(server) > ended, process, tmp_path)  # noqa: B023  # called at once
             ended = jobs_ended(server)
             server.kill()
             wait_until(lambda: words(tmp_path, "is away") == time_away, process, tmp_path)  # noqa: B023
+            time.sleep(seconds)
             server.start()
             wait_until(lambda: words(tmp_path, "is back") == time_away, process, tmp_path)  # noqa: B023
         assert process.wait() == 0, (tmp_path / "words").read_text()

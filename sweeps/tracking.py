@@ -283,7 +283,10 @@ def _is_transient(error: Exception) -> bool:
         return status() >= 500 or status() in (404, 408, 429)
     if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
         return False
-    return isinstance(error, (OSError, sa.exc.DBAPIError, LedgerAwayError))
+    # boto3, with which MLflow writes to an S3, has exceptions of its own for a way that is cut.
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    cut = kinds & {"botocore.exceptions.ConnectionError", "botocore.exceptions.HTTPClientError"}
+    return bool(cut) or isinstance(error, (OSError, sa.exc.DBAPIError, LedgerAwayError))
 
 
 def _words(error: Exception) -> str:

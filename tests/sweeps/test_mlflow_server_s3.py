@@ -33,8 +33,9 @@ KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "canary", "AWS_DEFA
 
 
 @contextlib.contextmanager
-def s3(port: int) -> Iterator[str]:
+def s3() -> Iterator[str]:
     """An S3 with an empty bucket; yields its address."""
+    port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port", str(port)],
         stdout=subprocess.DEVNULL,
@@ -102,7 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A sweep was tracked there, during which the server was killed and started again; it serves."""
     cwd = tmp_path_factory.mktemp("tracked")
     (cwd / "small.yaml").write_text(SMALL_SPEC)
-    with postgresql(cwd) as database, s3(free_port()) as address:
+    with postgresql(cwd) as database, s3() as address:
         there = Place(address, database, free_port(), cwd)
         with there.serving() as server:
             process = subprocess.Popen(
@@ -212,9 +213,9 @@ def test_files_go_straight_to_a_bucket_where_the_experiment_says_so(
 
 
 def test_files_wait_for_a_bucket_that_is_away(place: Place, monkeypatch: pytest.MonkeyPatch):
-    port = free_port()
-    for name, value in (place.s3_settings | {"MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}"}).items():
+    for name, value in place.s3_settings.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     client, record = place.client(), record_of(place.cwd)
     client.create_experiment("late", artifact_location=f"s3://{BUCKET}/late")
     with Ledger.in_directory(place.cwd / ".lora-sweeps") as ledger:
@@ -224,9 +225,10 @@ def test_files_wait_for_a_bucket_that_is_away(place: Place, monkeypatch: pytest.
         while "endpoint" not in (writer.last_error or ""):
             assert time.monotonic() < deadline_s, writer.last_error
             time.sleep(0.1)
-        with s3(port) as address:
-            assert writer.finish(300), writer.last_error
-            assert any(item.key.endswith("adapter_model.safetensors") for item in bucket_at(address).objects.all())
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", place.s3)  # MLflow's client looks there at every attempt
+        assert writer.finish(300), writer.last_error
+    items = bucket_at(place.s3).objects.filter(Prefix="late/")
+    assert any(item.key.endswith("report/adapter/adapter_model.safetensors") for item in items)
 
 
 def test_without_what_writes_to_the_bucket_a_run_does_not_begin(place: Place, tmp_path: Path):

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def serve(**options: Any) -> None:
     settings, home = read_settings(options), Home.open()
     home.path.chmod(0o700)  # tokens are in it, and Ray's own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    with _alone(home), home.ledger() as ledger, ledger.database.alone("service"):
+    with _alone(home), home.ledger() as ledger, ledger.database.alone("service") as alone:
         store = Store(ledger)
         _check_exposure(settings, store)
         clear_scratch(home)
@@ -70,7 +70,7 @@ def serve(**options: Any) -> None:
             with _planner(settings, home) as planner:
                 service = _assemble(settings, home, ledger, store, planner, mlflow)
                 click.echo(f"serving {url}; state in {home.path}; Ctrl-C stops it, and not the sweeps", err=True)
-                _run(service, settings, listener, mlflow)
+                _run(service, settings, listener, mlflow, alone)
         _say_what_goes_on(store)
 
 
@@ -232,7 +232,13 @@ def _is_here(url: str) -> bool:
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
-def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: MlflowServer | None) -> None:
+def _run(
+    service: Service,
+    settings: Settings,
+    listener: socket.socket,
+    mlflow: MlflowServer | None,
+    alone: Callable[[], bool],
+) -> None:
     import uvicorn
 
     from services.api import make_app
@@ -244,6 +250,10 @@ def _run(service: Service, settings: Settings, listener: socket.socket, mlflow: 
     async def look_after() -> None:
         assert server is not None
         while not server.should_exit:
+            if not await asyncio.to_thread(alone):
+                _LOG.error("another service uses the ledger now; this one stops")
+                server.should_exit = True
+                break
             await asyncio.to_thread(_look, service, mlflow)
             await asyncio.sleep(_TICK_S)
         hub.close()  # else its listeners would keep the server up

@@ -10,14 +10,14 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
-from sweeps.errors import StateError
+from sweeps.errors import LedgerAwayError, StateError
 from sweeps.secrecy import hide_passwords
 
 _BUSY_TIMEOUT_S = 30
@@ -27,9 +27,36 @@ _PATIENCE = {
     "keepalives_idle": 30,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "options": f"-c statement_timeout={_BUSY_TIMEOUT_S}s",
+    "tcp_user_timeout": 15_000,  # milliseconds; keep-alives are silent while something that was sent is not confirmed
+    # A session whose other end was cut off must not keep the rows that it has locked from whoever comes again.
+    "options": f"-c statement_timeout={_BUSY_TIMEOUT_S}s -c idle_in_transaction_session_timeout={2 * _BUSY_TIMEOUT_S}s",
 }
 """A server that no longer answers is given up on, and whoever asked is told."""
+
+_AWAY = {
+    "08000": "connection_exception",
+    "08001": "sqlclient_unable_to_establish_sqlconnection",
+    "08003": "connection_does_not_exist",
+    "08004": "sqlserver_rejected_establishment_of_sqlconnection",
+    "08006": "connection_failure",
+    "25006": "read_only_sql_transaction",  # a standby that has not been promoted yet
+    "53300": "too_many_connections",
+    "57014": "query_canceled",  # statement_timeout: a lock of a session that is gone, a disk that does not answer
+    "57P01": "admin_shutdown",
+    "57P02": "crash_shutdown",
+    "57P03": "cannot_connect_now",
+}
+"""States of PostgreSQL that pass, by their code."""
+
+_REFUSED = (
+    "authentication failed",
+    "does not exist",
+    "no pg_hba.conf entry",
+    "no password supplied",
+    "permission denied",
+    "not permitted",
+)
+"""What a server that is there says at the door to those whom it will not let in later either; there are no codes."""
 
 _CONNECTIONS = 10
 """Kept open, once they were needed."""
@@ -86,15 +113,15 @@ class Database:
         """A connection to read with.
 
         Raises:
+            LedgerAwayError: the database's server cannot be reached for now.
             StateError: the database refuses.
         """
         try:
             with self._engine.connect() as connection:
                 yield connection
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-            raise StateError(
-                f"the ledger must be readable; {self.shown} is not: {_first_line(error)}; "
-                "mend the file or the database, or use another state directory"
+            raise self._failed(
+                error, "readable", "mend the file or the database, or use another state directory"
             ) from error
 
     @contextmanager
@@ -102,6 +129,8 @@ class Database:
         """A connection in a transaction, which is committed at the end unless something was raised.
 
         Raises:
+            LedgerAwayError: the database's server cannot be reached for now; where the commit's answer was lost, the
+                rows may be there.
             StateError: the database refuses.
             IntegrityError: a row is there already.
         """
@@ -111,16 +140,16 @@ class Database:
         except sa.exc.IntegrityError:
             raise
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
-            raise StateError(
-                f"the ledger must be writable; {self.shown} is not: {_first_line(error)}; "
-                "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
+            raise self._failed(
+                error, "writable", "nothing was lost: free the disk or the database, then `lora-sweeps run --resume`"
             ) from error
 
     @contextmanager
-    def alone(self, what: str) -> Iterator[None]:
+    def alone(self, what: str) -> Iterator[Callable[[], bool]]:
         """Holds the database for one of a kind, as long as the context lasts; the system takes it back at the end.
 
-        A PostgreSQL that is restarted forgets who held it.
+        A PostgreSQL that is restarted forgets who held it. What is yielded takes it again, and says whether nobody else
+        has it; whoever means to stay the only one calls it now and then, one thread at a time.
 
         Args:
             what: whoever wants to be the only one, in words.
@@ -128,21 +157,30 @@ class Database:
         Raises:
             StateError: another one holds it.
         """
-        with self.reading() as connection, ExitStack() as held:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            if connection.dialect.name == "postgresql":
-                lock = sa.select(sa.func.pg_try_advisory_lock(_TABLES_LOCK, zlib.crc32(what.encode()) & 0x7FFFFFFF))
-                got = bool(connection.scalar(lock))  # until the connection is closed
-                held.callback(connection.invalidate)
+        taken = f"one {what} uses a ledger at a time; another one uses {self.shown} now"
+        with ExitStack() as held:
+            if self._engine.dialect.name == "postgresql":
+                session = _Session(self._engine, zlib.crc32(what.encode()) & 0x7FFFFFFF)
+                held.callback(session.let_go)
+                with self.reading():  # whose words these are, where there is no server
+                    got, still = session.take(), session.holds
             else:
-                got = _lock_file(f"{connection.engine.url.database}-{what.replace(' ', '-')}.lock", held)
+                got = _lock_file(f"{self._engine.url.database}-{what.replace(' ', '-')}.lock", held)
+                still = _certainly
             if not got:
-                raise StateError(f"one {what} uses a ledger at a time; another one uses {self.shown} now")
-            yield
+                raise StateError(taken)
+            yield still
 
     def close(self) -> None:
         """Closes every connection."""
         self._engine.dispose()
+
+    def _failed(self, error: sa.exc.DBAPIError | sa.exc.TimeoutError, must_be: str, way_out: str) -> StateError:
+        cause = _first_line(error)
+        message = f"the ledger must be {must_be}; {self.shown} is not: {cause}; {way_out}"
+        if self._engine.dialect.name == "postgresql" and isinstance(error, sa.exc.DBAPIError) and _is_away(error):
+            return LedgerAwayError(message, cause)
+        return StateError(message)
 
     def _unusable(self, error: Exception) -> StateError:
         return StateError(
@@ -153,6 +191,61 @@ class Database:
 
 _TABLES_LOCK = 0x6C6F7261
 """Any number of our own."""
+
+
+class _Session:
+    """A session of a PostgreSQL that holds an advisory lock, and is begun anew where the server has forgotten it."""
+
+    def __init__(self, engine: sa.Engine, number: int) -> None:
+        self._engine = engine
+        self._lock = sa.select(sa.func.pg_try_advisory_lock(_TABLES_LOCK, number))
+        self._connection: sa.Connection | None = None
+        self._own: dict[str, object] = {}
+
+    def take(self) -> bool:
+        """Takes the lock; False where another session has it."""
+        if self._connection is None:
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        if not self._connection.scalar(self._lock):
+            return False
+        own = sa.text("SELECT pid, backend_start AS began FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+        self._own = dict(self._connection.execute(own).mappings().one())
+        return True
+
+    def holds(self) -> bool:
+        """Whether the lock is ours, or will be: a server that is away has nobody else."""
+        try:
+            if self._connection is not None:
+                self._connection.execute(sa.text("SELECT 1"))
+                return True
+        except sa.exc.DBAPIError:
+            self.let_go()
+        try:
+            if self.take():
+                return True
+            # Where the way was cut, the server may have kept the session that we had.
+            ended = self._connection and self._connection.scalar(
+                sa.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid AND backend_start = :began"
+                ),
+                self._own,
+            )
+            self.let_go()
+            return bool(ended)  # and is taken at the next call
+        except sa.exc.DBAPIError:
+            self.let_go()
+            return True
+
+    def let_go(self) -> None:
+        """Ends the session, and with it the lock."""
+        if self._connection is not None:
+            self._connection.invalidate()
+            self._connection.close()
+            self._connection = None
+
+
+def _certainly() -> bool:
+    return True
 
 
 def _lock_file(path: str, held: ExitStack) -> bool:
@@ -214,6 +307,17 @@ def _set_sqlite_pragmas(connection: sqlite3.Connection, _record: object) -> None
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _is_away(error: sa.exc.DBAPIError) -> bool:
+    """Whether a PostgreSQL cannot be reached for now: its server is down, starts, or the way to it is cut."""
+    state = getattr(error.orig, "sqlstate", None)
+    if state is not None:
+        return state in _AWAY
+    if error.connection_invalidated:
+        return True
+    said = str(error.orig)
+    return isinstance(error, sa.exc.OperationalError) and not any(refusal in said for refusal in _REFUSED)
 
 
 def _first_line(error: Exception) -> str:

@@ -32,6 +32,7 @@ from sweeps.home import Home
 from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
+from sweeps.patience import PatientLedger
 from sweeps.plan import Plan, extended, make_plan, trial_space
 from sweeps.records import SweepRecord, read_sweep
 from sweeps.reduction import Reduction
@@ -250,10 +251,12 @@ class _Driver:
         progress: Progress,
         interrupts: Interrupts,
     ) -> None:
-        self._home, self._ledger, self._sweep = home, ledger, sweep
+        self._home, self._sweep = home, sweep
+        # The writer has patience of its own, in its own thread.
+        self._ledger = PatientLedger(ledger, say=progress.stage, hurried=lambda: interrupts.signal is not None)
         self._clock, self._progress, self._interrupts = clock, progress, interrupts
         self._training_began = self._certifying = False
-        experiment = read_sweep(ledger, sweep).created.experiment
+        experiment = read_sweep(self._ledger, sweep).created.experiment
         self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
 
     def drive(self, resources: nodes.Resources, *, resumed: bool, trials: int | None = None) -> Outcome:

@@ -6,6 +6,7 @@
         ├── TaskError             a task's section asks for what the model or the data do not have
         ├── SweepNotFoundError    no sweep goes by that name or id
         ├── StateError            a directory, database or lock that cannot be used
+        │   └── LedgerAwayError   the ledger's server is out of reach for now
         ├── StorageError          a place for checkpoints that cannot be used
         ├── TrackingError         MLflow cannot be reached or refuses
         └── ClusterError          Ray cannot be started or reached
@@ -96,6 +97,21 @@ class SweepNotFoundError(InputError):
 
 class StateError(InputError):
     """A directory, database or lock that lora-sweeps needs cannot be used."""
+
+
+class LedgerAwayError(StateError):
+    """The server of the ledger's database cannot be reached for now: what was asked of it may be asked again.
+
+    Attributes:
+        cause: what was found, in a few words.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message, cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class StorageError(InputError):

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from pydantic import ValidationError
@@ -50,6 +51,49 @@ class SweepName:
     created_at_s: float
 
 
+class Entry:
+    """Events on their way into the ledger, as rows that are made once: tried as often as need be, entered once.
+
+    Whoever has lost the answer to a commit does not know whether it was carried out; a second attempt looks.
+
+    Attributes:
+        sweep: whose they are.
+        rows: what is entered.
+        after: an event of the sweep that was there before these were first tried; 0 where none is known.
+    """
+
+    def __init__(self, sweep: str, events: Iterable[Event]) -> None:
+        self.sweep = sweep
+        self.rows = [_row(sweep, event) for event in events]
+        self._tried = False
+        self.after = 0
+
+    def into(self, connection: sa.Connection) -> None:
+        """Enters the rows within a connection's transaction, unless they are there already."""
+        again, self._tried = self._tried, True
+        # One appender at a time to a sweep, so that its numbers become visible in order; SQLite has but one. And an
+        # attempt whose answer was lost has come to its end, whichever, when the next one has the lock.
+        last = sa.select(sa.func.max(_EVENTS.c.seq)).where(_EVENTS.c.sweep == _SWEEPS.c.id).scalar_subquery()
+        last_seq = connection.scalar(sa.select(last).where(_SWEEPS.c.id == self.sweep).with_for_update())
+        if again:
+            if self._is_entered(connection):
+                return
+        else:
+            self.after = last_seq or self.after
+        connection.execute(_EVENTS.insert(), self.rows)
+
+    def _is_entered(self, connection: sa.Connection) -> bool:
+        times = [row["at_s"] for row in self.rows]
+        found = connection.execute(
+            sa.select(_EVENTS.c.at_s, _EVENTS.c.payload).where(
+                _EVENTS.c.sweep == self.sweep,
+                _EVENTS.c.seq > self.after,
+                _EVENTS.c.at_s.between(min(times), max(times)),
+            )
+        )
+        return {(row["at_s"], row["payload"]) for row in self.rows} <= {(at_s, payload) for at_s, payload in found}
+
+
 class Ledger:
     """Appends and reads events. Safe to use from several threads and processes at once."""
 
@@ -78,12 +122,18 @@ class Ledger:
 
     def append(self, sweep: str, events: Iterable[Event], connection: sa.Connection | None = None) -> None:
         """Appends events in one transaction, that of a connection where one is given: a reader sees all or none."""
-        rows = [_row(sweep, event) for event in events]
-        if rows:
-            with self._within(connection) as connection:
-                # One appender at a time to a sweep, so that its numbers become visible in order; SQLite has but one.
-                connection.execute(sa.select(_SWEEPS.c.id).where(_SWEEPS.c.id == sweep).with_for_update())
-                connection.execute(_EVENTS.insert(), rows)
+        entry = Entry(sweep, events)
+        if not entry.rows:
+            return
+        if connection is None:
+            self.enter(entry)
+        else:
+            entry.into(connection)
+
+    def enter(self, entry: Entry) -> None:
+        """Enters what is appended, in a transaction of its own."""
+        with self.database.writing() as connection:
+            entry.into(connection)
 
     def read(self, sweep: str, *, after: int = 0) -> list[Record]:
         """The events of a sweep in order, from those after a sequence number on."""
@@ -167,5 +217,5 @@ class Ledger:
             ) from error
 
 
-def _row(sweep: str, event: Event) -> dict[str, object]:
+def _row(sweep: str, event: Event) -> dict[str, Any]:
     return {"sweep": sweep, "kind": event.kind, "at_s": time.time(), "payload": event.model_dump_json()}

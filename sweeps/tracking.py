@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from sweeps.errors import TrackingError
+from sweeps.errors import LedgerAwayError, TrackingError
 from sweeps.events import Delivered, Record
 from sweeps.ledger import Ledger
 from sweeps.projection import ARTIFACTS_DELIVERED, ARTIFACTS_TAG, Projection, RunKey, RunWrite
@@ -27,6 +27,7 @@ from sweeps.secrecy import hide_passwords
 from sweeps.tracking_address import (
     absolute_uri,
     check_address,
+    check_artifact_location,
     default_uri,
     deleted_experiment,
     open_command,
@@ -282,7 +283,10 @@ def _is_transient(error: Exception) -> bool:
         return status() >= 500 or status() in (404, 408, 429)
     if isinstance(error, (PermissionError, FileNotFoundError, NotADirectoryError)):
         return False
-    return isinstance(error, (OSError, sa.exc.DBAPIError))
+    # boto3, with which MLflow writes to an S3, has exceptions of its own for a way that is cut.
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    cut = kinds & {"botocore.exceptions.ConnectionError", "botocore.exceptions.HTTPClientError"}
+    return bool(cut) or isinstance(error, (OSError, sa.exc.DBAPIError, LedgerAwayError))
 
 
 def _words(error: Exception) -> str:
@@ -316,3 +320,5 @@ def _ask_client(uri: str, experiment: str, found: str) -> None:
         ) from error
     if known is not None and known.lifecycle_stage != "active":
         raise TrackingError(deleted_experiment(experiment, known.experiment_id))
+    if known is not None:
+        check_artifact_location(known.artifact_location)

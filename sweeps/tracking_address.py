@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
@@ -21,6 +22,13 @@ from sweeps.errors import TrackingError
 from sweeps.secrecy import hide_passwords
 
 _PROBE_TIMEOUT_S = 8.0
+
+_STORES = {
+    "s3": ("boto3", "boto3"),
+    "gs": ("google-cloud-storage", "google.cloud.storage"),
+    "wasbs": ("azure-storage-blob", "azure.storage.blob"),
+}
+"""By the scheme of an artifact location, what MLflow's client writes there with: a package and its module."""
 
 _KINDS = "sqlite:///PATH, postgresql://, mysql://, mssql://, http:// or https://"
 
@@ -166,14 +174,8 @@ def _check_database(uri: str) -> None:
 def _check_server(uri: str, experiment: str, ask_client: Callable[[str, str, str], None]) -> None:
     shown = shown_address(uri)
     required = "tracking.uri must name an MLflow server that answers and lets us write"
-    query = urllib.parse.urlencode({"experiment_name": experiment})
-    address = f"{_without_userinfo(uri)}/api/2.0/mlflow/experiments/get-by-name?{query}"
     try:
-        with urllib.request.urlopen(address, timeout=_PROBE_TIMEOUT_S) as response:
-            status, body = response.status, response.read(1_000_000)
-    except urllib.error.HTTPError as error:
-        with error:
-            status, body = error.code, error.read(1_000_000)
+        status, answer = _get_experiment(uri, experiment)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if "CERTIFICATE" in str(error):
             ask_client(uri, experiment, str(error))
@@ -185,7 +187,48 @@ def _check_server(uri: str, experiment: str, ask_client: Callable[[str, str, str
     if status in (401, 403):
         ask_client(uri, experiment, f"HTTP {status}")
         return
-    _judge(_json(body), status, shown, experiment)
+    _judge(answer, status, shown, experiment)
+    if "experiment" not in answer:  # it is going to be made, beside the one that every server has
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            _, answer = _get_experiment(uri, "Default")
+    if isinstance(found := answer.get("experiment"), dict):
+        check_artifact_location(str(found.get("artifact_location")))
+
+
+def _get_experiment(uri: str, experiment: str) -> tuple[int, dict[str, Any]]:
+    query = urllib.parse.urlencode({"experiment_name": experiment})
+    address = f"{_without_userinfo(uri)}/api/2.0/mlflow/experiments/get-by-name?{query}"
+    try:
+        with urllib.request.urlopen(address, timeout=_PROBE_TIMEOUT_S) as response:
+            return response.status, _json(response.read(1_000_000))
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, _json(error.read(1_000_000))
+
+
+def check_artifact_location(location: str) -> None:
+    """Finds out whether what MLflow's client needs to write files to a bucket is here.
+
+    Args:
+        location: an experiment's; one of a server that passes files on, `mlflow-artifacts:/…`, needs nothing.
+
+    Raises:
+        TrackingError: it is not installed.
+    """
+    scheme = location.partition(":")[0]
+    package, module = _STORES.get(scheme, ("", ""))
+    if not module:
+        return
+    try:
+        missing = importlib.util.find_spec(module) is None
+    except (ModuleNotFoundError, ValueError):
+        missing = True
+    if missing:
+        raise TrackingError(
+            "the experiment's files must have a place that can be written from here; they go to "
+            f"{hide_passwords(location)}, which needs the Python package {package}; install it beside lora-sweeps, or "
+            "start MLflow's server with --serve-artifacts and --artifacts-destination, so that it writes them itself"
+        )
 
 
 def _judge(answer: dict[str, Any], status: int, shown: str, experiment: str) -> None:

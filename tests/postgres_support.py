@@ -7,13 +7,14 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support import free_port
 
 
 def binary(name: str) -> str:
@@ -46,12 +47,15 @@ def postgresql(directory: Path) -> Iterator[str]:
             *["-U", "lora", "-A", "scram-sha-256", "-E", "UTF8", "--no-sync"],
             f"--pwfile={own / 'password'}",
         )
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={own / 'socket'} -c fsync=off"
-        _run(own, "pg_ctl", "-w", "-l", str(own / "log"), "-o", options, "start")
+        settings = {"port": port, "listen_addresses": "127.0.0.1", "unix_socket_directories": own / "socket"}
+        with (own / "data" / "postgresql.conf").open("a") as file:  # where another start finds them
+            file.writelines(f"{name} = '{value}'\n" for name, value in (settings | {"fsync": "off"}).items())
+        start(directory)
         try:
             yield f"postgresql://lora:{password}@127.0.0.1:{port}/postgres"
         finally:
-            _run(own, "pg_ctl", "-w", "-m", "immediate", "stop")
+            if (own / "data" / "postmaster.pid").exists():
+                kill(directory)
 
 
 _OWN: dict[Path, Path] = {}
@@ -61,6 +65,17 @@ def restart(directory: Path) -> None:
     """Restarts a server: every connection breaks."""
     own = _OWN[directory]
     _run(own, "pg_ctl", "-w", "-m", "fast", "-l", str(own / "log"), "restart")
+
+
+def kill(directory: Path) -> None:
+    """Ends a server at once, without a word to anybody, as a crash does; it is recovered when it is started again."""
+    _run(_OWN[directory], "pg_ctl", "-w", "-m", "immediate", "stop")
+
+
+def start(directory: Path) -> None:
+    """Starts a server that was killed."""
+    own = _OWN[directory]
+    _run(own, "pg_ctl", "-w", "-t", "300", "-l", str(own / "log"), "start")
 
 
 def _run(own: Path, program: str, *arguments: str) -> None:
@@ -75,12 +90,6 @@ def _run(own: Path, program: str, *arguments: str) -> None:
         group=user.pw_gid if user else None,
     )
     assert done.returncode == 0, (own / "log").read_text() if (own / "log").exists() else program
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _unprivileged() -> pwd.struct_passwd | None:

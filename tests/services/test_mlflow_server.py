@@ -24,7 +24,7 @@ import pytest
 from services.mlflow_server import MlflowServer
 from sweeps.errors import InputError, TrackingError
 from sweeps.home import Home
-from tests.sweeps.mlflow_support import free_port
+from tests.support import free_port
 
 PASSWORD = "canary-7c1f"
 

@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from services.store import Store
 from sweeps.events import JobEnded
 from sweeps.ledger import Ledger
-from tests.postgres_support import free_port, postgresql, restart
+from tests.postgres_support import postgresql, restart
 from tests.services.service_support import LONG_SPEC, serving
-from tests.support import run_cli
+from tests.support import free_port, run_cli
 
 
 def test_a_sweep_runs_with_its_ledger_in_postgresql_and_the_password_stays_where_it_was(tmp_path: Path):

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from services.mlflow_server import MlflowServer
 from sweeps.home import Home
 from sweeps.ledger import Ledger
-from tests.postgres_support import free_port, postgresql
+from tests.postgres_support import postgresql
 from tests.services.service_support import TINY_SPEC, YAML, Served, serving, stop
+from tests.support import free_port
 
 CANARY = "canary7311canary"
 

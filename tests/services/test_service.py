@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres_support import free_port
 from tests.services.service_support import TINY_SPEC, serving
-from tests.support import run_cli
+from tests.support import free_port, run_cli
 
 
 def test_a_sweep_goes_from_its_submission_to_the_page_the_report_the_export_and_mlflow(tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -226,20 +225,22 @@ class Failing:
 
 @contextmanager
 def server(database: Path, port: int) -> Iterator[str]:
-    """A real MLflow server on a database; yields its address."""
+    """A real MLflow server on a SQLite file; yields its address."""
+    with server_of(f"sqlite:///{database}", port, str(database.parent / "served"), cwd=database.parent) as address:
+        yield address
+
+
+@contextmanager
+def server_of(store: str, port: int, artifacts: str, *options: str, cwd: Path, **environ: str) -> Iterator[str]:
+    """A real MLflow server on any store, which passes artifacts on to wherever they go; yields its address."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{database}",
-        "--artifacts-destination",
-        str(database.parent / "served"),
-    ]
+    command += ["--backend-store-uri", store, "--artifacts-destination", artifacts, *options]
     # Its job runner would be six more processes, which nothing here needs.
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(
         command,
-        cwd=database.parent,
-        env=environment,
+        cwd=cwd,
+        env=os.environ | quiet | environ,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -254,15 +255,8 @@ def server(database: Path, port: int) -> Iterator[str]:
         process.wait()
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _wait_for(address: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, f"mlflow server ended with {process.returncode}"
         with (
@@ -271,4 +265,4 @@ def _wait_for(address: str, process: subprocess.Popen[str]) -> None:
         ):
             return
         time.sleep(0.2)
-    raise AssertionError("mlflow server did not start within 60 s")
+    raise AssertionError("mlflow server did not start within 300 s")

@@ -15,8 +15,8 @@ from sweeps import storage
 from sweeps.errors import StorageError
 from sweeps.ledger import Ledger
 from sweeps.storage import RemoteFiles, below, configured_place, files_in, probe
-from tests.s3_support import BUCKET, S3, s3_server, unused_port
-from tests.support import SMALL_SPEC, record_of, run_cli
+from tests.s3_support import BUCKET, S3, s3_server
+from tests.support import SMALL_SPEC, free_port, record_of, run_cli
 
 PLACES = ("directory", "memory", "s3", "s3 with settings")
 
@@ -146,7 +146,7 @@ def test_a_directory_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Pa
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for():
-    port = unused_port()
+    port = free_port()
     place = f"s3://{BUCKET}/away?endpoint_override=http://127.0.0.1:{port}&region=us-east-1"
     saved = threading.Thread(target=save, args=(RemoteFiles(place, "member", patience_s=120), 3.0))
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +161,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for():
 
 
 def test_whose_patience_ends_is_told_why():
-    place = f"s3://{BUCKET}/away?endpoint_override=http://127.0.0.1:{unused_port()}&region=us-east-1"
+    place = f"s3://{BUCKET}/away?endpoint_override=http://127.0.0.1:{free_port()}&region=us-east-1"
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):
         RemoteFiles(place, "member", patience_s=0).write("name", b"data")
 

@@ -45,7 +45,8 @@ from sweeps.tracking import (
     open_command,
     run_url,
 )
-from tests.sweeps.mlflow_support import SPEC, Failing, Story, free_port, runs_of, seen, server
+from tests.support import free_port
+from tests.sweeps.mlflow_support import SPEC, Failing, Story, runs_of, seen, server
 
 _FIRST_DELIVERY = """
 import sys

@@ -72,8 +72,8 @@ def _check_size(directory: Path, sent: dict[str, int]) -> None:
         named = ", ".join(f"{name} {sent[name] / _MIB:.0f} MiB" for name in largest)
         raise InputError(
             f"--working-dir must be {ray_client.MOST_SENT_BYTES // _MIB} MiB or less, which is what Ray's dashboard "
-            f"takes; {directory} has over {total // _MIB} MiB, among them {named}; leave them out with a .rayignore (as a "
-            ".gitignore), put large data where all nodes see it, and name that path in the spec"
+            f"takes; {directory} has over {total // _MIB} MiB, among them {named}; leave them out with a .rayignore, "
+            "put large data where all nodes see it, and name that path in the spec"
         )
 
 

@@ -128,8 +128,8 @@ class Remote:
         spec = Path(document.source)
         if name is not None and not re.fullmatch(_NAME, name):
             raise InputError(
-                f"--name must be 1 to 64 letters, digits, dots, dashes and underscores, for a job of Ray's is called by "
-                f"it; found {name!r}"
+                f"--name must be 1 to 64 letters, digits, dots, dashes and underscores, for a job of Ray's is called "
+                f"so; found {name!r}"
             )
         sweep = new_id(name or document.spec.name)
         words = ["--sweep", sweep, *(("--name", name) if name else ())]
@@ -155,8 +155,8 @@ class Remote:
         if (busy := ray_client.running(jobs)) is not None:
             other = Submitted(busy, self.address, sweep)
             raise StateError(
-                f"one driver drives a sweep; the Ray job {busy} drives {sweep} now: follow it with `{other.follow}`, or "
-                f"stop it with `{other.stop}`"
+                f"one driver drives a sweep; the Ray job {busy} drives {sweep} now: follow it with `{other.follow}`, "
+                f"or stop it with `{other.stop}`"
             )
         # What the head alone can look up, a name say, has no attempts that could be counted.
         plain = re.sub(r"[^A-Za-z0-9._-]+", "-", sweep)
@@ -179,9 +179,7 @@ class Remote:
                     runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(ray_client.GRACE_S)}, **sent},
                 )
         except KeyboardInterrupt:
-            click.echo(
-                f"it may have been submitted all the same: `{submitted.follow}` knows, or `{submitted.stop}`", err=True
-            )
+            click.echo(f"\nit may have been submitted all the same; then `{submitted.stop}` stops it", err=True)
             raise
         return submitted
 
@@ -211,7 +209,7 @@ class Remote:
             if details is not None and not details.status.is_terminal():
                 return None
         if details is None:
-            raise _Lost(
+            raise _LostError(
                 f"the Ray cluster at {self.address} must know the job {submitted.job}; it does not: its head was "
                 f"started anew; go on with `{submitted.resume}`"
             )
@@ -226,7 +224,7 @@ class Remote:
             yield
 
 
-class _Lost(InputError):
+class _LostError(InputError):
     """The head knows the job no longer."""
 
 
@@ -288,10 +286,8 @@ def _followed(remote: Remote, submitted: Submitted, *, as_json: bool) -> int:
     try:
         details = remote.follow(submitted, log)
     except KeyboardInterrupt:
-        click.echo(
-            f"\nno longer followed; the sweep goes on\n  follow  {submitted.follow}\n  stop    {submitted.stop}",
-            err=True,
-        )
+        click.echo("\nno longer followed; the sweep goes on", err=True)
+        click.echo(f"  follow  {submitted.follow}\n  stop    {submitted.stop}", err=True)
         return 128 + signal.SIGINT
     if log.words is not None and log.outcome is not None:
         print_json(log.outcome) if as_json else click.echo(log.words)

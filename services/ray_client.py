@@ -152,9 +152,12 @@ def brief(text: str) -> str:
 MOST_SENT_BYTES = 100 * 2**20
 """What Ray's dashboard takes of files (`DASHBOARD_CLIENT_MAX_SIZE` in ray_constants.py), uncompressed."""
 
+_ENTRY_BYTES = 256
+"""At most, what a ZIP has of a file beside its name, which it has twice, and its content."""
+
 
 def files_sent(directory: Path, excludes: list[str]) -> dict[str, int]:
-    """The files that Ray would send of a directory, relative to it, and their bytes; no more than are too many.
+    """The files that Ray would send of a directory, relative to it, and their bytes in a ZIP; no more than are too many.
 
     Args:
         directory: to be sent.
@@ -175,7 +178,8 @@ def files_sent(directory: Path, excludes: list[str]) -> dict[str, int]:
     def look(path: Path) -> None:
         nonlocal total
         if path.is_file():
-            found[str(path.relative_to(directory))] = size = path.stat().st_size
+            name = str(path.relative_to(directory))
+            found[name] = size = path.stat().st_size + 2 * len(name.encode()) + _ENTRY_BYTES
             total += size
             if total > MOST_SENT_BYTES:
                 raise EnoughError

@@ -1,4 +1,4 @@
-"""`run --address http://HEAD:8265`: sweeps as Ray jobs on a real head behind a token, submitted and followed from here."""
+"""`run --address http://HEAD:8265`: sweeps as Ray jobs on a real head behind a token, followed from here."""
 
 from __future__ import annotations
 
@@ -329,7 +329,7 @@ def test_a_directory_is_sent_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     spec = tmp_path / "spec.yaml"
     monkeypatch.setenv("LORA_SWEEPS_HOME", str(tmp_path / "state"))
     assert "/state" in check_directory(document, spec, tmp_path)
-    with pytest.raises(InputError, match="must be a directory; .* is none"):
+    with pytest.raises(InputError, match=r"must be a directory; .* is none"):
         check_directory(document, spec, tmp_path / "absent")
     (tmp_path / "inner").mkdir()
     with pytest.raises(InputError, match="must be a directory that has the spec in it"):

@@ -157,7 +157,7 @@ _ENTRY_BYTES = 256
 
 
 def files_sent(directory: Path, excludes: list[str]) -> dict[str, int]:
-    """The files that Ray would send of a directory, relative to it, and their bytes in a ZIP; no more than are too many.
+    """The files that Ray would send of a directory, and their bytes in a ZIP; no more than are too many.
 
     Args:
         directory: to be sent.

@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ _SILENCE_S = 60.0
 _PATIENCE_S = 600.0
 """How long a head may be away while its job is followed; a laptop's sleep is not counted."""
 
-_RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_RETRY_S = (1.0, 2.0, 5.0, 10.0)
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _TRACKING = "MLFLOW_TRACKING_URI"
@@ -189,19 +189,30 @@ class Remote:
         Raises:
             ClusterError: the cluster has not answered for `_PATIENCE_S`, or knows the job no longer.
         """
-        last_heard_s, waits = time.monotonic(), iter(_RETRY_S)
+        heard_s, waits = time.monotonic(), iter(_RETRY_S)
+
+        def take(start: int, text: str) -> int:
+            nonlocal heard_s
+            heard_s = time.monotonic()
+            return log.read(start, text)
+
         while True:
-            with suppress(Exception):  # however a connection breaks: whether there is more to come, the job tells
-                ray_client.tail(self._client, submitted.job, log.read, silence_s=_SILENCE_S)
+            broken = False
+            try:
+                ray_client.tail(self._client, submitted.job, take, silence_s=_SILENCE_S)
+            except Exception:
+                broken = True  # however it broke, and be it that a proxy has no WebSockets: then the log is asked for
             try:
                 if (details := self._ended(submitted, log)) is not None:
                     return details
-                last_heard_s, waits = time.monotonic(), iter(_RETRY_S)
+                if broken:
+                    self._read(submitted, log)
+                heard_s, waits = time.monotonic(), waits if broken else iter(_RETRY_S)
             except ClusterError as error:
-                if time.monotonic() - last_heard_s > _PATIENCE_S:
+                if time.monotonic() - heard_s > _PATIENCE_S:
                     raise ClusterError(f"{error}; the sweep may well go on: `{submitted.follow}`") from None
                 click.echo(f"the cluster at {self.address} does not answer now; asking again", err=True)
-            time.sleep(next(waits, _RETRY_S[-1]))
+            time.sleep(next(waits, _RETRY_S[-1]) if broken else _RETRY_S[0])
 
     def _ended(self, submitted: Submitted, log: JobLog) -> Any:
         with self._asking():
@@ -213,10 +224,13 @@ class Remote:
                 f"the Ray cluster at {self.address} must know the job {submitted.job}; it does not: its head was "
                 f"started anew; go on with `{submitted.resume}`"
             )
-        with self._asking():
-            log.read(0, self._client.get_job_logs(submitted.job))
+        self._read(submitted, log)
         log.close()
         return details
+
+    def _read(self, submitted: Submitted, log: JobLog) -> None:
+        with self._asking():
+            log.read(0, self._client.get_job_logs(submitted.job))
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

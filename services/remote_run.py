@@ -305,10 +305,10 @@ def _followed(remote: Remote, submitted: Submitted, *, as_json: bool) -> int:
         return 128 + signal.SIGINT
     if log.words is not None and log.outcome is not None:
         print_json(log.outcome) if as_json else click.echo(log.words)
-    return _exit_code(details, submitted, log)
+    return exit_code(details, submitted, log)
 
 
-def _exit_code(details: Any, submitted: Submitted, log: JobLog) -> int:
+def exit_code(details: Any, submitted: Submitted, log: JobLog) -> int:
     """The driver's exit code; where it has none, says why."""
     code = details.driver_exit_code
     if details.status.value == "STOPPED":

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from services import ray_client
 from services.job_files import check_alone, check_directory
 from services.job_log import AS_JSON, BEGIN, JobLog
 from services.job_place import check_lasts
-from sweeps.errors import InputError, SpecError, StateError
+from services.remote_run import Remote, Submitted, exit_code
+from sweeps.errors import ClusterError, InputError, SpecError, StateError
 from sweeps.ledger import Ledger
 from sweeps.records import SweepRecord, read_sweep
 from sweeps.spec import SpecDocument, load_spec
@@ -120,8 +125,6 @@ def submitted(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def jobs(cluster: Cluster) -> dict[str, Any]:
-    from ray.job_submission import JobSubmissionClient
-
     return {
         job.submission_id: job for job in JobSubmissionClient(cluster.head.address).list_jobs() if job.submission_id
     }
@@ -260,8 +263,6 @@ def test_what_the_head_finds_wrong_is_told_here_and_nothing_is_left(cluster: Clu
 
 
 def test_a_driver_in_a_job_of_the_users_own_keeps_nothing_where_ray_deletes(cluster: Cluster, tmp_path: Path):
-    from ray.job_submission import JobSubmissionClient
-
     (tmp_path / "tiny.yaml").write_text(TINY)
     client = JobSubmissionClient(cluster.head.address)
     env = {"working_dir": str(tmp_path), "env_vars": {"LORA_SWEEPS_HOME": ""}}
@@ -283,6 +284,87 @@ def test_who_has_no_token_or_finds_no_head_is_told_so(cluster: Cluster, tmp_path
         assert (code, out) == (2, "")
         assert f"the Ray cluster at {address} must answer" in err
     assert "Traceback" not in err
+
+
+class Wire:
+    """A way to a head that can be cut: a port of this machine that leads to another one."""
+
+    def __init__(self, address: str) -> None:
+        self._to = ("127.0.0.1", int(address.rpartition(":")[2]))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                far = socket.create_connection(self._to)
+                self._open += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=(one, other), daemon=True).start()
+
+    def _carry(self, one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := one.recv(65536):
+                other.sendall(piece)
+            other.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Ends every connection that there is."""
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends it."""
+        self.cut()
+        self._server.shutdown(socket.SHUT_RDWR)
+        for one in (self._server, *self._open):
+            one.close()
+
+
+def test_a_log_is_followed_on_after_the_connection_broke(cluster: Cluster, tmp_path: Path):
+    wire, go, shown = Wire(cluster.head.address), tmp_path / "go", []
+
+    def show(line: str) -> None:
+        shown.append(line)
+        if line == "one":
+            wire.cut()
+            go.touch()
+
+    try:
+        remote = Remote(wire.address)
+        entrypoint = f"echo one; until [ -e {go} ]; do sleep 0.1; done; echo two"
+        JobSubmissionClient(cluster.head.address).submit_job(entrypoint=entrypoint, submission_id="cut-1")
+        details = remote.follow(Submitted("cut-1", wire.address, "cut"), JobLog(show))
+    finally:
+        wire.close()
+    assert details.status.value == "SUCCEEDED"
+    assert shown == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 130, 130),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, -9, 137),
+        (JobStatus.STOPPED, None, 143),
+        (JobStatus.FAILED, None, "it failed: runtime_env setup failed: no such package; .* --resume own-1"),
+        (JobStatus.FAILED, 127, "must be on the PATH of the cluster's head"),
+    ],
+)
+def test_the_exit_code_is_the_drivers_and_a_job_that_has_none_says_why(
+    status: JobStatus, code: int | None, told: int | str
+):
+    message = "runtime_env setup failed: no such package"
+    details = JobDetails(type="SUBMISSION", status=status, driver_exit_code=code, message=message, entrypoint="x")
+    submitted = Submitted("own-1-1", "http://head:8265", "own-1")
+    with pytest.raises(ClusterError, match=told) if isinstance(told, str) else contextlib.nullcontext():
+        assert exit_code(details, submitted, JobLog(lambda line: None)) == told
 
 
 def refused(*words: str | Path, cwd: Path, address: str = "http://127.0.0.1:9") -> str:

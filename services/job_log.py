@@ -14,10 +14,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from services.ray_client import RAYS_OWN_LINES
+
 BEGIN = "--- outcome"
 AS_JSON = "--- outcome as JSON: "
-
-_RAYS_OWN = ("Runtime env is setting up", "Running entrypoint for job")
 
 
 class JobLog:
@@ -65,7 +65,7 @@ class JobLog:
         self._rest = ""
 
     def _take(self, line: str) -> None:
-        if any(own in line for own in _RAYS_OWN):
+        if any(own in line for own in RAYS_OWN_LINES):
             return
         if line == BEGIN:
             self._words, self.outcome = [], None

@@ -14,6 +14,7 @@ from lora_core import __version__
 from services.certifying import certify
 from services.driving import drive
 from services.exporting import export
+from services.job_driver import drive_job
 from services.options import AS_JSON
 from services.serving import serve
 from services.showing import best, list_sweeps, logs, report, status, watch
@@ -37,14 +38,37 @@ def cli() -> None:
 @cli.command()
 @click.argument("spec", type=click.Path(path_type=Path), required=False)
 @click.option("--name", help="Name of the sweep, in place of the spec's own.")
-@click.option("--address", help="A running Ray cluster: HOST:PORT or auto. Without it one is started on this machine.")
+@click.option(
+    "--address",
+    help="A running Ray cluster. auto or HOST:PORT: driven from here, a node of it. http://HEAD:8265 (its dashboard) "
+    "or ray://HEAD:10001: submitted as a Ray job, driven there. Without it a cluster is started on this machine.",
+)
 @click.option("--resume", metavar="SWEEP", help="Go on with an interrupted sweep; takes no SPEC.")
 @click.option("--trials", type=int, metavar="N", help="With --resume: train N trials in all, also if it had finished.")
+@click.option(
+    "--working-dir",
+    "directory",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="With a Ray job: send this directory, which has SPEC and the code and data that it names.",
+)
+@click.option("--detach", is_flag=True, help="With a Ray job: submit it, and do not follow it.")
 @AS_JSON
 def run(
-    spec: Path | None, name: str | None, address: str | None, resume: str | None, trials: int | None, as_json: bool
+    spec: Path | None,
+    name: str | None,
+    address: str | None,
+    resume: str | None,
+    trials: int | None,
+    directory: Path | None,
+    detach: bool,
+    as_json: bool,
 ) -> None:
-    """Run a sweep: search, certificates, report, export."""
+    """Run a sweep: search, certificates, report, export.
+
+    A sweep that was submitted as a Ray job goes on when you press Ctrl-C, or close the laptop.
+    """
+    from services.job_place import check_lasts
     from services.output import print_outcome, watching
     from sweeps import driver
     from sweeps.home import Home
@@ -56,10 +80,29 @@ def run(
         raise click.UsageError("--name names a new sweep; a resumed one keeps its name.")
     if resume is None and trials is not None:
         raise click.UsageError("--trials goes with --resume; a new sweep has them in its SPEC, as search.trials.")
+    if resume is not None and directory is not None:
+        raise click.UsageError("--working-dir goes with a SPEC; a resumed sweep has its files on the cluster.")
+    if address is not None and address.startswith(("http://", "https://", "ray://")):
+        from services.remote_run import run_remotely
+
+        code = run_remotely(
+            address,
+            spec=spec,
+            name=name,
+            resume=resume,
+            trials=trials,
+            directory=directory,
+            detach=detach,
+            as_json=as_json,
+        )
+        sys.exit(code)
+    if directory is not None or detach:
+        raise click.UsageError("--working-dir and --detach go with --address http://HEAD:8265.")
     with watching() as (progress, interrupts):
+        document = None if spec is None else load_spec(spec)
+        check_lasts(Home.locate().path, document.spec.tracking.uri if document else None)
         home = Home.open()
-        if spec is not None:
-            document = load_spec(spec)
+        if document is not None:
             outcome = driver.start(document, home, name=name, address=address, progress=progress, interrupts=interrupts)
         else:
             outcome = driver.resume(
@@ -144,6 +187,7 @@ def init(path: Path, force: bool) -> None:
 for _command in (
     certify,
     drive,
+    drive_job,
     serve,
     submit,
     list_sweeps,

@@ -24,26 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from services import ray_client
 from services.runner import Ending
-from sweeps.errors import ClusterError, InputError, StateError
+from sweeps.errors import InputError, StateError
 from sweeps.home import Home
 from sweeps.secrecy import has_secret, hide_passwords
-
-_SWEEP = "lora_sweeps.sweep"
-
-_TIMEOUT_S = (3.05, 20.0)
-"""For a connection and for an answer; Ray's own client would wait for ever."""
-
-_GRACE_S = 60
-
-_OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
-_NOT_FOUND = 127
-"""A shell's exit code where there is no such program."""
-
-_SHOWN_LENGTH = 400
-
-_RAYS_OWN_LINES = ("Runtime env is setting up", "Running entrypoint for job")
 
 
 def drive_command(sweep: str) -> str:
@@ -58,7 +43,12 @@ class RayJobsRunner:
     """
 
     def __init__(
-        self, address: str, home: Home, *, command: Callable[[str], str] = drive_command, grace_s: int = _GRACE_S
+        self,
+        address: str,
+        home: Home,
+        *,
+        command: Callable[[str], str] = drive_command,
+        grace_s: int = ray_client.GRACE_S,
     ) -> None:
         """Connects to nothing yet.
 
@@ -79,7 +69,7 @@ class RayJobsRunner:
                 f"a Ray cluster's jobs are submitted to the dashboard of its head, as in http://head:8265; found "
                 f"{self._shown!r}; give that address"
             )
-        for name in _OVERRIDES:
+        for name in ray_client.OVERRIDES:
             if os.environ.get(name):
                 raise InputError(
                     f"Ray jobs must go to {self._shown}; found {name}, which Ray would follow instead; unset it for "
@@ -101,19 +91,19 @@ class RayJobsRunner:
                 the answer was lost: `find` finds it.
         """
         with self._asking() as client:
-            jobs = _jobs_of(client, sweep)
-        if (running := _running(jobs)) is not None:
+            jobs = ray_client.jobs_of(client, sweep)
+        if (running := ray_client.running(jobs)) is not None:
             raise StateError(
                 f"one driver drives a sweep; the Ray job {running} drives {sweep} now: wait for it or stop it"
             )
-        submission = f"{sweep}-{1 + max(map(_attempt, jobs), default=0)}"
+        submission = f"{sweep}-{ray_client.next_attempt(jobs)}"
         # With `exec` the job's process is the driver itself: signals reach it, and its exit code is the job's.
         entrypoint = f"exec {self._command(sweep)} >>{shlex.quote(str(self._log(sweep)))} 2>&1"
         with self._asking() as client:
             client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=submission,
-                metadata={_SWEEP: sweep},
+                metadata={ray_client.SWEEP: sweep},
                 runtime_env={"env_vars": self._environment()},
             )
         return submission
@@ -126,10 +116,10 @@ class RayJobsRunner:
         """
         with self._asking() as client:
             if handle:
-                job = _job(client, handle)
+                job = ray_client.job_of(client, handle)
                 if job is not None and not job.status.is_terminal():
                     return handle
-            return _running(_jobs_of(client, sweep))
+            return ray_client.running(ray_client.jobs_of(client, sweep))
 
     def ended(self, sweep: str, handle: str) -> Ending | None:
         """How a driver ended; None while it runs, or waits for its start.
@@ -138,7 +128,7 @@ class RayJobsRunner:
             ClusterError: the cluster cannot be asked.
         """
         with self._asking() as client:
-            job = _job(client, handle)
+            job = ray_client.job_of(client, handle)
         return _ending(job)
 
     def interrupt(self, sweep: str, handle: str) -> None:
@@ -151,7 +141,7 @@ class RayJobsRunner:
             try:
                 client.stop_job(handle)
             except RuntimeError as error:
-                if not _says_unknown(error):
+                if not ray_client.says_unknown(error):
                     raise
 
     def kill(self, sweep: str, handle: str) -> None:
@@ -191,63 +181,10 @@ class RayJobsRunner:
     @contextmanager
     def _asking(self) -> Iterator[Any]:
         """Yields a client; what goes wrong meanwhile becomes a ClusterError."""
-        from ray.exceptions import AuthenticationError
-
-        try:
+        with ray_client.asking(self._address, whose="for the service, and start it again"):
             if self._client is None:
-                self._client = _connect(self._address)
+                self._client = ray_client.connect(self._address)
             yield self._client
-        except AuthenticationError as error:
-            # Its own words follow, in several sentences, for a person at a keyboard.
-            raise ClusterError(
-                f"the Ray cluster at {self._shown} lets in whoever has its token; {_brief(error.message)}; set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) for the service, and start it again"
-            ) from None
-        except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
-            raise ClusterError(
-                f"the Ray cluster at {self._shown} must answer and do as asked; found: {_brief(str(error))}; start its "
-                "head (`ray start --head --include-dashboard=true`), or correct the address"
-            ) from error
-
-
-def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    class BoundedClient(JobSubmissionClient):  # type: ignore[misc]
-        """Ray's client, which waits for no answer longer than `_TIMEOUT_S`."""
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **({"timeout": _TIMEOUT_S} | options))
-
-    return BoundedClient(address)
-
-
-def _job(client: Any, handle: str) -> Any:
-    """What Ray knows of a job; None where it knows none by that name."""
-    try:
-        return client.get_job_info(handle)
-    except RuntimeError as error:
-        if _says_unknown(error):
-            return None
-        raise
-
-
-def _says_unknown(error: RuntimeError) -> bool:
-    # Not any 404: a proxy answers so where the head behind it is away.
-    return str(error).startswith("Request failed with status code 404") and "does not exist" in str(error)
-
-
-def _jobs_of(client: Any, sweep: str) -> list[Any]:
-    return [job for job in client.list_jobs() if job.submission_id and (job.metadata or {}).get(_SWEEP) == sweep]
-
-
-def _attempt(job: Any) -> int:
-    number = str(job.submission_id).rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
-
-
-def _running(jobs: list[Any]) -> str | None:
-    return next((str(job.submission_id) for job in jobs if not job.status.is_terminal()), None)
 
 
 def _ending(job: Any) -> Ending | None:
@@ -259,25 +196,10 @@ def _ending(job: Any) -> Ending | None:
         return Ending("the Ray job was stopped")
     code = job.driver_exit_code
     if code is None:
-        return Ending(f"the Ray job failed: {_brief(job.message or 'for no reason that Ray tells')}")
-    if code == _NOT_FOUND:
+        return Ending(f"the Ray job failed: {ray_client.brief(job.message or 'for no reason that Ray tells')}")
+    if code == ray_client.NOT_FOUND:
         return Ending(f"exit code {code}: its program is not on the PATH of the cluster's head")
     if code < 0:
         return Ending(f"killed by {signal.Signals(-code).name}")
-    said = _said_by_shell(job.message or "")
-    return Ending(f"exit code {code}" + (f": {_brief(said)}" if said else ""))
-
-
-def _said_by_shell(message: str) -> str:
-    """What stands in Ray's own log of a job: nothing of the driver, but why its shell could not start it, say.
-
-    Ray puts lines of its own around that, before or after.
-    """
-    log = message.partition("last available logs")[2].partition("\n")[2]
-    return "\n".join(line for line in log.splitlines() if not any(own in line for own in _RAYS_OWN_LINES)).strip()
-
-
-def _brief(text: str) -> str:
-    """The first and the last line of a text: a traceback says what it is in the one and why in the other."""
-    lines = [line.strip().rstrip(".") for line in hide_passwords(text).splitlines() if line.strip()] or [""]
-    return " ... ".join(dict.fromkeys((lines[0], lines[-1])))[:_SHOWN_LENGTH]
+    said = ray_client.said_by_shell(job.message or "")
+    return Ending(f"exit code {code}" + (f": {ray_client.brief(said)}" if said else ""))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import secrets
 import signal
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from sweeps.events import (
     SweepEnded,
     SweepState,
 )
-from sweeps.home import Home
+from sweeps.home import Home, new_id
 from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
@@ -125,6 +124,7 @@ def start(
     address: str | None,
     progress: Progress,
     interrupts: Interrupts,
+    sweep: str | None = None,
 ) -> Outcome:
     """Runs a spec as a new sweep, to its end or to an interruption.
 
@@ -138,6 +138,7 @@ def start(
         address: of a running Ray cluster; None starts one on this machine.
         progress: is told how it gets on.
         interrupts: raises `Interrupted` before there is a sweep; after that, a signal ends the sweep in order.
+        sweep: the id of the new sweep, from `new_id`; None for one of its own.
 
     Raises:
         InputError: something that was asked for cannot be done.
@@ -159,7 +160,7 @@ def start(
         resources = _resources(spec, checkpoints or str(home.path))
         if address is not None:
             plan = plan_sweep(document, home, workers=_workers(spec, resources))
-        sweep = f"{name or spec.name}-{secrets.token_hex(3)}"
+        sweep = sweep or new_id(name or spec.name)
         created = SweepCreated(
             name=name or spec.name,
             spec=spec.model_dump(mode="json"),

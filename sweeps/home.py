@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,11 @@ def database_url() -> str | None:
             f"{_DATABASE_FILE} must name a file that holds the URL of the ledger's database; {path} cannot be read: "
             f"{getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def new_id(name: str) -> str:
+    """An id for a new sweep."""
+    return f"{name}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True, slots=True)

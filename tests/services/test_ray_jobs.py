@@ -6,17 +6,13 @@ import contextlib
 import http.server
 import json
 import os
-import secrets
 import shlex
 import signal
 import socket
 import stat
-import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,7 @@ from services.ray_jobs import RayJobsRunner, drive_command
 from sweeps.errors import ClusterError, InputError, StateError
 from sweeps.home import Home
 from tests.services import service_support
-from tests.support import environment
+from tests.services.ray_support import free_ports, ray_head, ray_setting, until
 
 STAND_IN = """\
 import json, os, signal, sys, time
@@ -53,82 +49,11 @@ while not (folder / "go").exists():
 """
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nothing listens."""
-    with contextlib.ExitStack() as open_ones:
-        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def pids_with(setting: str) -> set[int]:
-    """The processes that have this in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-    return found
-
-
-@contextlib.contextmanager
-def ray_setting(**settings: str) -> Iterator[None]:
-    """Ray's settings of this process, which Ray reads once unless it is made to read them again."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("RAY_", "MLFLOW_", "LORA_SWEEPS"))]:
-            patch.delenv(name)
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        try:
-            AuthenticationTokenLoader.instance().reset_cache()
-            Config.initialize("")
-            yield
-        finally:
-            patch.undo()
-            AuthenticationTokenLoader.instance().reset_cache()
-            Config.initialize("")
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """A head with a dashboard, behind a token that this process has; yields the dashboard's address."""
-    token = secrets.token_hex(32)
-    dashboard, client, agent, agent_grpc = free_ports(4)
-    words = f"""start --head --block --port=0 --num-cpus=1 --node-ip-address=127.0.0.1 --object-store-memory={2**27}
-        --include-dashboard=true --dashboard-host=127.0.0.1 --dashboard-port={dashboard}
-        --ray-client-server-port={client} --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={agent_grpc}
-        --min-worker-port=0 --max-worker-port=0"""
-    # Ray puts sockets below its directory, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
-        env = environment(
-            PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            RAY_TMPDIR=scratch,
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN=token,
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        )
-        command = [sys.executable, "-m", "ray.scripts.scripts", *words.split()]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            assert process.stdout is not None
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if "Ray runtime started" in line:
-                    break
-            assert process.poll() is None, "".join(said)
-            with ray_setting(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token):
-                yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            for pid in pids_with(f"RAY_AUTH_TOKEN={token}") - {os.getpid()} | {process.pid}:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+    """The dashboard's address of a head, whose token this process has."""
+    with ray_head() as one:
+        yield one.address
 
 
 class Place:
@@ -168,15 +93,6 @@ def answer_not_found(handler: http.server.BaseHTTPRequestHandler) -> None:
 
 def quiet(handler: http.server.BaseHTTPRequestHandler, *arguments: Any) -> None:
     """Logs nothing."""
-
-
-def until(condition: Callable[[], Any], *, patience_s: float = 60) -> Any:
-    """Waits until something holds, and returns it."""
-    deadline_s = time.monotonic() + patience_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, "it never came true"
-        time.sleep(0.1)
-    return found
 
 
 def is_alive(pid: int) -> bool:
@@ -322,7 +238,7 @@ def test_a_proxy_whose_head_is_away_is_not_taken_for_a_driver_that_ended(tmp_pat
 
 
 def test_a_head_that_never_says_a_word_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("services.ray_jobs._TIMEOUT_S", (0.5, 0.5))
+    monkeypatch.setattr("services.ray_client.TIMEOUT_S", (0.5, 0.5))
     with ray_setting(), socket.create_server(("127.0.0.1", 0)) as silent:
         runner = RayJobsRunner(f"http://127.0.0.1:{silent.getsockname()[1]}", Home(tmp_path))
         with pytest.raises(ClusterError, match="timed out"):

@@ -12,6 +12,7 @@ import click
 
 from lora_core import __version__
 from services.certifying import certify
+from services.doctor import doctor
 from services.driving import drive
 from services.exporting import export
 from services.options import AS_JSON
@@ -143,6 +144,7 @@ def init(path: Path, force: bool) -> None:
 
 for _command in (
     certify,
+    doctor,
     drive,
     serve,
     submit,

@@ -1,4 +1,4 @@
-"""What `doctor` says of facts: rules that touch nothing. How facts are found is in `node_facts.py` and `examination.py`.
+"""What `doctor` says of facts: rules that touch nothing. Facts are found in `node_facts.py` and `examination.py`.
 
 ok        as it must be
 warning   a sweep runs, but not as well, as safely or as reproducibly as it could
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sweeps.node_facts import Disk, NodeFacts
 from sweeps.source_facts import Source, SourceFacts
@@ -31,6 +31,9 @@ _LARGE_BYTES = 2e9
 _LITTLE_MEMORY, _TOO_LITTLE_MEMORY = 2e9, 0.5e9
 _LITTLE_DISK, _TOO_LITTLE_DISK = 5e9, 0.5e9
 """Free bytes below which a node is warned about, and failed: for what a worker has beside its model."""
+
+_FREE = 0.9
+"""The share of a GPU's memory that is free where nobody uses it."""
 
 _RAY_FULL = 0.95
 """The share of its file system above which Ray makes no more objects on disk (local_fs_capacity_threshold)."""
@@ -100,14 +103,25 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
 
 
+def counts(checks: Sequence[Check]) -> dict[str, int]:
+    """How many checks came out how."""
+    return {status: sum(check.status == status for check in checks) for status in get_args(Status)}
+
+
 def summary(checks: Sequence[Check]) -> str:
     """How the checks came out, in a line."""
-    counts = {
-        status: sum(check.status == status for check in checks) for status in ("ok", "warning", "failed", "skipped")
-    }
-    words = [f"{counts['ok']} ok", f"{counts['warning']} warning{'' if counts['warning'] == 1 else 's'}"]
-    words += [f"{counts['failed']} failed"] + ([f"{counts['skipped']} skipped"] if counts["skipped"] else [])
+    n = counts(checks)
+    words = [f"{n['ok']} ok", f"{n['warning']} warning{'' if n['warning'] == 1 else 's'}", f"{n['failed']} failed"]
+    words += [f"{n['skipped']} skipped"] if n["skipped"] else []
     return f"{len(checks)} check{'' if len(checks) == 1 else 's'}: {', '.join(words)}"
+
+
+def silent(node: str, error: str) -> Check:
+    """A node of a cluster that could not be asked what it has."""
+    way_out = "see the node's log of Ray; it must have lora-sweeps, in the environment that Ray runs in"
+    if "ModuleNotFoundError" in error or "ImportError" in error:
+        way_out = "install lora-sweeps there, the driver's version, in the environment that Ray runs in"
+    return Check("answers", "failed", error, way_out, node)
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
@@ -171,16 +185,15 @@ def gpus(facts: NodeFacts, node: str, in_ray: float | None = None) -> Check:
     if in_ray is not None and in_ray < seen:
         way_out = f"start Ray there with --num-gpus={seen}, unless the others are somebody else's"
         return Check("GPUs", "warning", f"torch sees {seen} ({listed}), Ray has {in_ray:g}", way_out, node)
-    used = [f"{size(one.total_bytes - one.free_bytes)} of GPU {i}" for i, one in enumerate(facts.gpus) if _in_use(one)]
+    used = [
+        f"{size(one.total_bytes - one.free_bytes)} of GPU {i}"
+        for i, one in enumerate(facts.gpus)
+        if one.free_bytes is not None and one.free_bytes < _FREE * one.total_bytes
+    ]
     if used:
         way_out = "see `nvidia-smi`, and end what uses it; a sweep takes what is free"
         return Check("GPUs", "warning", f"{listed}; in use already: {', '.join(used)}", way_out, node)
     return Check("GPUs", "ok", listed, node=node)
-
-
-def _in_use(gpu: object) -> bool:
-    total, free = gpu.total_bytes, gpu.free_bytes
-    return free is not None and free < 0.9 * total
 
 
 def _blind(facts: NodeFacts) -> str:
@@ -332,25 +345,19 @@ def state_file_system(path: str, kind: str, *, sqlite: bool, cluster: bool) -> C
     return Check(name, "ok", found)
 
 
-def exchanged(node: str, place: str, expected: str, read: str, error: str, seen_by_driver: bool) -> Check:
-    """Whether a node and the driver read what the other has written to a place.
+def exchanged(node: str, place: str, error: str) -> Check:
+    """Whether a node and the driver read what the other has written to the place for checkpoints.
 
     Args:
         node: the node.
         place: a path or URL.
-        expected: what the driver wrote.
-        read: what the node read of that.
-        error: why it could not be read or answered; empty where it was.
-        seen_by_driver: whether the driver then read what the node wrote.
+        error: what was found where they do not; empty where they do.
     """
-    name, way_out = "shared storage", "set LORA_SWEEPS_HOME to a directory that all nodes share, under one path"
-    way_out += ", or LORA_SWEEPS_CHECKPOINTS to a bucket's URL"
+    name = "checkpoints"
     if error:
-        return Check(name, "failed", f"{place} is not the driver's there: {error}", way_out, node)
-    if read != expected:
-        return Check(name, "failed", f"{place} holds something else there than at the driver", way_out, node)
-    if not seen_by_driver:
-        return Check(name, "failed", f"what was written to {place} there is not seen by the driver", way_out, node)
+        way_out = "set LORA_SWEEPS_HOME to a directory that all nodes share, under one path, or LORA_SWEEPS_CHECKPOINTS "
+        way_out += "to a URL such as s3://bucket/path that all of them reach"
+        return Check(name, "failed", error, way_out, node)
     return Check(name, "ok", f"{place}: read and written, as the driver sees it", node=node)
 
 
@@ -385,7 +392,7 @@ def token(mode: str, token_path: str, file_mode: int | None, *, in_environment: 
     """Whether the cluster asks who comes, and the token is its owner's alone.
 
     Args:
-        mode: RAY_AUTH_MODE of the driver, that a cluster let in.
+        mode: RAY_AUTH_MODE on all nodes of the cluster; empty where one has another.
         token_path: the file that the token is read from.
         file_mode: of that file; None where there is none.
         in_environment: whether the token came from RAY_AUTH_TOKEN in place of a file.

@@ -3,7 +3,7 @@
 Nodes of a cluster run these functions by name (`nodes.ask`), and the driver does for itself. torch is loaded in a
 process of its own: it may hang or die where a GPU's driver is ill, and would keep memory of the GPU.
 
-    Nothing is installed, downloaded or left behind. None stands for what could not be found out.
+Nothing is installed, downloaded or left behind. None stands for what could not be found out.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import json
 import os
 import platform
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core import __version__
+from sweeps import storage
+from sweeps.home import own_cache
 
 PACKAGES = ("ray", "torch", "optuna", "mlflow", "numpy", "transformers", "peft", "datasets")
 """Whose versions matter to a sweep; the last three need not be installed."""
@@ -117,16 +121,15 @@ class NodeFacts:
     auth_mode: str
 
 
-def gather(directories: dict[str, str]) -> NodeFacts:
+def gather(directories: dict[str, str | None]) -> NodeFacts:
     """Finds out what this machine has.
 
     Args:
-        directories: that a sweep writes to, by their use.
+        directories: that a sweep writes to, by their use; None for the cache of a node that does not share the driver's.
     """
     visible = _first_environment("CUDA_VISIBLE_DEVICES")
     torch_cuda, gpus, gpu_error = _gpus(visible)
     total_bytes, free_bytes = _memory()
-    mounts = _read("/proc/mounts")
     own = {"temporary files": tempfile.gettempdir(), "Ray's session": _ray_directory()}
     shm = Path("/dev/shm")
     return NodeFacts(
@@ -140,30 +143,30 @@ def gather(directories: dict[str, str]) -> NodeFacts:
         visible_devices=visible,
         memory_bytes=total_bytes,
         free_bytes=free_bytes,
-        disks=tuple(_disk(use, path, mounts) for use, path in (directories | own).items()),
+        disks=tuple(gather_disk(use, path or str(own_cache())) for use, path in (directories | own).items()),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         open_files=_open_files(),
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
     )
 
 
-def exchange(directory: str, read: str, write: str) -> tuple[str, str]:
-    """Reads what the driver wrote to a shared directory, and writes something for the driver to read.
-
-    Nothing is made but the file: a directory that is not there is not shared.
+def exchange(place: str, mark: str) -> str:
+    """Reads what the driver left at a place, and leaves something there for the driver to read.
 
     Returns:
-        What was read, and the path that was written.
+        The name of what was left.
 
     Raises:
-        OSError: one of them cannot be done.
+        StorageError: one of them cannot be done.
     """
-    found = Path(directory, read).read_text(encoding="utf-8")
-    descriptor, path = tempfile.mkstemp(prefix=write, dir=directory)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(write)
-    os.chmod(path, 0o644)  # the driver may be another user
-    return found, path
+    storage.check_mark(place, mark)  # first: a directory that is not the driver's is not written to
+    storage.leave_mark(place, own := f"{mark}-{secrets.token_hex(8)}")
+    return own
+
+
+def now() -> float:
+    """This machine's clock, in seconds."""
+    return time.time()
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
@@ -245,14 +248,15 @@ def _memory() -> tuple[int | None, int | None]:
     return total, free
 
 
-def _disk(use: str, path: str, mounts: str) -> Disk:
+def gather_disk(use: str, path: str) -> Disk:
+    """Finds out what a directory has, and whether it can be written, by writing to it."""
     place = Path(path).absolute()
     try:
         there = next(one for one in (place, *place.parents) if one.exists())
         usage = shutil.disk_usage(there)
     except OSError as error:
         return Disk(use, str(place), None, 0, "", error.strerror or str(error))
-    return Disk(use, str(there), usage.free, usage.total, file_system(str(there.resolve()), mounts), _unwritable(there))
+    return Disk(use, str(there), usage.free, usage.total, file_system(str(there.resolve()), _read("/proc/mounts")), _unwritable(there))
 
 
 def _unwritable(directory: Path) -> str:

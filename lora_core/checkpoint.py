@@ -1,6 +1,6 @@
 """A member's state on disk, and adapter folders as PEFT has them. Never a pickle.
 
-A checkpoint directory:
+A checkpoint directory, in a file system or wherever `Files` are kept:
 
     <sha256>.safetensors   the tensors, named by their own hash: `adapter/<name>` and `optimizer/<name>`
     manifest.json          step, hash, size and the caller's notes: it names the file that counts
@@ -24,11 +24,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora_core.files import write_atomically
+from lora_core.files import Files, LocalFiles, write_atomically
 from lora_core.targets import ALL_LINEAR
 
 _FORMAT = "lora-sweeps member checkpoint"
 _VERSION = 1
+_MANIFEST = "manifest.json"
 _WAY_OUT = "restore the directory from a copy, or delete it and train the member again from its last rung"
 
 
@@ -54,7 +55,7 @@ class MemberState:
 
 
 def save_member(
-    directory: Path,
+    directory: Path | Files,
     *,
     adapter: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
@@ -66,12 +67,12 @@ def save_member(
     Raises:
         OSError: the disk refused; what was there before is untouched.
     """
+    files = _files(directory)
     tensors = {f"adapter/{name}": value for name, value in adapter.items()}
     tensors |= {f"optimizer/{name}": value for name, value in optimizer.items()}
     data = _serialise(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    directory.mkdir(parents=True, exist_ok=True)
-    previous = _previous_digest(directory)
+    previous = _previous_digest(files)
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -80,29 +81,31 @@ def save_member(
         "bytes": len(data),
         "extra": dict(extra),
     }
-    write_atomically(_tensor_file(directory, digest), data)
-    write_atomically(directory / "manifest.json", json.dumps(manifest, indent=2).encode())
+    files.write(_tensor_file(digest), data)
+    files.write(_MANIFEST, json.dumps(manifest, indent=2).encode())
     if previous is not None and previous != digest:
-        _tensor_file(directory, previous).unlink(missing_ok=True)
+        files.remove(_tensor_file(previous))
 
 
-def load_member(directory: Path) -> MemberState:
+def load_member(directory: Path | Files) -> MemberState:
     """Reads a member's checkpoint, onto the CPU, after checking its hash.
 
     Raises:
         CheckpointError: there is none, or it is truncated, altered or of another version.
+        OSError: the disk refused.
     """
-    manifest = _read_manifest(directory)
-    path = _tensor_file(directory, manifest["sha256"])
+    files = _files(directory)
+    manifest = _read_manifest(files)
+    name = _tensor_file(manifest["sha256"])
     try:
-        data = path.read_bytes()
+        data = files.read(name)
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {directory} has lost its tensor file {path.name}; {_WAY_OUT}") from None
+        raise CheckpointError(f"checkpoint {files} has lost its tensor file {name}; {_WAY_OUT}") from None
     digest = hashlib.sha256(data).hexdigest()
     if digest != manifest["sha256"]:
         expected = f"{manifest['bytes']} bytes with SHA-256 {manifest['sha256']}"
         found = f"{len(data)} bytes with {digest}"
-        raise CheckpointError(f"checkpoint {path} must have {expected}; found {found}; {_WAY_OUT}")
+        raise CheckpointError(f"checkpoint {files}/{name} must have {expected}; found {found}; {_WAY_OUT}")
     adapter: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
     for key, value in safetensors.torch.load(data).items():
@@ -118,23 +121,27 @@ def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
     return data
 
 
-def _tensor_file(directory: Path, digest: str) -> Path:
-    return directory / f"{digest}.safetensors"
+def _files(directory: Path | Files) -> Files:
+    return LocalFiles(directory) if isinstance(directory, Path) else directory
 
 
-def _previous_digest(directory: Path) -> str | None:
+def _tensor_file(digest: str) -> str:
+    return f"{digest}.safetensors"
+
+
+def _previous_digest(files: Files) -> str | None:
     try:
-        return str(_read_manifest(directory)["sha256"])
+        return str(_read_manifest(files)["sha256"])
     except CheckpointError:
         return None
 
 
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "manifest.json"
+def _read_manifest(files: Files) -> dict[str, Any]:
+    path = f"{files}/{_MANIFEST}"
     try:
-        manifest: Any = json.loads(path.read_bytes())
+        manifest: Any = json.loads(files.read(_MANIFEST))
     except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint in {directory}: it has no manifest.json; {_WAY_OUT}") from None
+        raise CheckpointError(f"no checkpoint in {files}: it has no {_MANIFEST}; {_WAY_OUT}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); {_WAY_OUT}") from None
     fields: dict[str, Any] = manifest if isinstance(manifest, dict) else {}

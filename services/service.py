@@ -92,12 +92,14 @@ class Service:
         *,
         devices: int,
         tracking_uri: str,
+        checkpoints: str = "",
     ) -> None:
         self.settings, self.home, self.ledger, self.store, self.planner = settings, home, ledger, store, planner
         self.supervisor = supervisor
         self.looked_at_s = time.monotonic()
         """When the queue was looked after last."""
         self._records, self._devices, self._tracking_uri = records, devices, tracking_uri
+        self._checkpoints = checkpoints
         self._places = Places(settings.models, settings.data, frozenset(settings.entrypoints))
         self._summaries: OrderedDict[str, tuple[tuple[int, Submission], SweepSummary]] = OrderedDict()
         self._statuses: OrderedDict[str, tuple[tuple[int, Submission], SweepStatus]] = OrderedDict()
@@ -193,6 +195,7 @@ class Service:
             experiment=spec.tracking.experiment or spec.name,
             lanes=plan.workers + 1,
             pack=plan.pack,
+            checkpoints=self._checkpoints,
         )
         submission = Submission(
             sweep=sweep,

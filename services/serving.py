@@ -185,6 +185,7 @@ def _assemble(
     from services.runner import gpus_of_this_machine
     from services.service import Service
     from services.supervisor import Policy, Supervisor
+    from sweeps.storage import configured_place
     from sweeps.tracking_address import absolute_uri, default_uri
 
     given = settings.tracking_uri.get_secret_value() if settings.tracking_uri else os.environ.get("MLFLOW_TRACKING_URI")
@@ -195,7 +196,18 @@ def _assemble(
     policy = Policy(rules, window_s=settings.window_hours * 3600, cancel_s=settings.cancel_s, gpus=gpus)
     records = Records(ledger)
     supervisor = Supervisor(store, ledger, records, _runner(settings, home, uri), policy)
-    return Service(settings, home, ledger, store, records, planner, supervisor, devices=devices, tracking_uri=uri)
+    return Service(
+        settings,
+        home,
+        ledger,
+        store,
+        records,
+        planner,
+        supervisor,
+        devices=devices,
+        tracking_uri=uri,
+        checkpoints=configured_place() or "",
+    )
 
 
 def _runner(settings: Settings, home: Home, uri: str) -> Runner:

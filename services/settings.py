@@ -15,8 +15,8 @@ from sweeps.errors import InputError
 
 _PREFIX = "LORA_SWEEPS_"
 
-NOT_SETTINGS = frozenset({"HOME", "DATABASE", "DATABASE_FILE", "SERVER", "TOKEN", "TOKEN_FILE", "LOCK"})
-"""Names with the prefix that other parts read: the state directory, the ledger, the client."""
+NOT_SETTINGS = frozenset({"HOME", "CHECKPOINTS", "DATABASE", "DATABASE_FILE", "SERVER", "TOKEN", "TOKEN_FILE", "LOCK"})
+"""Names with the prefix that other parts read: the state directory, checkpoints, the ledger, the client."""
 
 _List = Annotated[tuple[str, ...], NoDecode]
 

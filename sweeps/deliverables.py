@@ -28,6 +28,7 @@ from sweeps.recipe import bank_of
 from sweeps.records import SweepRecord, TrialRecord
 from sweeps.reduction import Reduction
 from sweeps.spec_tasks import ModelTask
+from sweeps.storage import files_in, place_of
 from sweeps.tasks import load_task, save_tokenizer
 
 
@@ -125,6 +126,6 @@ def _state(record: SweepRecord, trial: TrialRecord, home: Home) -> MemberState:
             f"{trial.state}: take one of {', '.join(have) or 'another sweep'}"
         )
     try:
-        return load_member(home.checkpoints(record.id) / checkpoint)
+        return load_member(files_in(place_of(home, record.id, record.created.checkpoints), checkpoint))
     except CheckpointError as error:
         raise InputError(str(error)) from None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sweeps import engine, nodes, tracking
+from sweeps import engine, nodes, storage, tracking
 from sweeps.clock import Clock
 from sweeps.deliverables import write_report
 from sweeps.dtypes import with_dtype
@@ -154,7 +154,8 @@ def start(
         closing_killed(home, ledger),
         _cluster(home, address, plan.workers, progress, interrupts),
     ):
-        resources = _resources(spec, home)
+        checkpoints = storage.configured_place() or ""
+        resources = _resources(spec, checkpoints or str(home.path))
         if address is not None:
             plan = plan_sweep(document, home, workers=_workers(spec, resources))
         sweep = f"{name or spec.name}-{secrets.token_hex(3)}"
@@ -168,6 +169,7 @@ def start(
             experiment=experiment,
             lanes=plan.workers + 1,
             pack=plan.pack,
+            checkpoints=checkpoints,
         )
         with home.driving(sweep):
             ledger.create(sweep, created)
@@ -218,14 +220,15 @@ def resume(
                     with interrupts.held():
                         return driver.conclude()
                 with _cluster(home, address, record.plan.workers, progress, interrupts):
-                    return driver.drive(_resources(record.spec, home), resumed=record.driven, trials=trials)
+                    resources = _resources(record.spec, record.created.checkpoints or str(home.path))
+                    return driver.drive(resources, resumed=record.driven, trials=trials)
 
 
-def _resources(spec: SweepSpec, home: Home) -> nodes.Resources:
+def _resources(spec: SweepSpec, checkpoints: str) -> nodes.Resources:
     """What a worker takes of the connected cluster, which must have it, and see the checkpoints from all its nodes."""
     resources = nodes.resources(spec.compute.gpus_per_worker)
     nodes.check_fits(resources)
-    nodes.check_shared(home.path)
+    nodes.check_storage(checkpoints)
     return resources
 
 
@@ -303,8 +306,9 @@ class _Driver:
             rungs=plan.rungs,
             pack=record.created.pack,
             lanes=record.created.lanes,
-            cache=self._home.cache,
-            checkpoints=self._home.checkpoints(self._sweep),
+            # Who keeps checkpoints elsewhere need not share the state directory with the workers.
+            cache=None if record.created.checkpoints else self._home.cache,
+            checkpoints=storage.place_of(self._home, self._sweep, record.created.checkpoints),
             append=self._append,
         )
 

@@ -6,6 +6,7 @@
         ├── TaskError             a task's section asks for what the model or the data do not have
         ├── SweepNotFoundError    no sweep goes by that name or id
         ├── StateError            a directory, database or lock that cannot be used
+        ├── StorageError          a place for checkpoints that cannot be used
         ├── TrackingError         MLflow cannot be reached or refuses
         └── ClusterError          Ray cannot be started or reached
 
@@ -95,6 +96,10 @@ class SweepNotFoundError(InputError):
 
 class StateError(InputError):
     """A directory, database or lock that lora-sweeps needs cannot be used."""
+
+
+class StorageError(InputError):
+    """The place for checkpoints cannot be reached, written or read."""
 
 
 class TrackingError(InputError):

@@ -41,6 +41,8 @@ class SweepCreated(_Event):
     """How many jobs are composed ahead of their predecessors' results; part of what makes a search reproducible."""
     pack: int
     """Members to a pack."""
+    checkpoints: str = ""
+    """The place below which the members' states lie, without the sweep's id; empty for the state directory."""
 
 
 class DriverStarted(_Event):

@@ -24,6 +24,11 @@ _LOCK_PATIENCE_S = 0.5
 _DATABASE, _DATABASE_FILE = "LORA_SWEEPS_DATABASE", "LORA_SWEEPS_DATABASE_FILE"
 
 
+def own_cache() -> Path:
+    """Where a node that does not see the state directory keeps what tasks keep, and can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-sweeps"
+
+
 def database_url() -> str | None:
     """The URL of a shared ledger, from the environment or from the file that it names; None for a file of our own.
 

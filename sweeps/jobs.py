@@ -31,10 +31,10 @@ class JobOrder(_Message):
     job: int
     work: Literal["train", "certify"]
     spec: dict[str, Any]
-    cache: str
-    """Directory for what tasks keep."""
+    cache: str | None
+    """Directory for what tasks keep, which all nodes see; None: each node has one of its own."""
     checkpoints: str
-    """Directory of this sweep's checkpoints."""
+    """Place of this sweep's checkpoints (`sweeps/storage.py`)."""
     members: tuple[MemberOrder, ...]
     twins: tuple[Configuration, ...] = ()
     """For `certify`: other configurations of the one member's class."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from sweeps import storage
 from sweeps.errors import ClusterError
 
 _ANSWER_S = 60
@@ -129,26 +128,40 @@ def check_fits(resources: Resources) -> None:
     )
 
 
-def check_shared(directory: Path) -> None:
-    """Makes sure that every node of the connected cluster sees a directory of this machine, as checkpoints need.
+def check_storage(place: str) -> None:
+    """Makes sure that what one node of the connected cluster writes to the place for checkpoints, all can read.
 
     Raises:
-        ClusterError: a node does not.
+        StorageError: it cannot be written here.
+        ClusterError: a node sees another directory there, or none, or cannot use it.
     """
-    if len(living_nodes()) == 1:
+    nodes = living_nodes()
+    if len(nodes) == 1 and not storage.is_url(place):
         return
-    probe = directory / f"probe-{secrets.token_hex(8)}"
-    probe.touch()
+    storage.leave_mark(place, mark := f"probe-{secrets.token_hex(8)}")
+    answers = []
     try:
-        answers = ask(os.path.exists, str(probe))
+        answers = ask(_read_and_write, place, mark)
+        for answer in answers:
+            if not answer.error:
+                storage.check_mark(place, str(answer.value))
     finally:
-        probe.unlink()
-    blind = [answer.node.address for answer in answers if not answer.value]
-    if blind:
+        for name in (mark, *(str(answer.value) for answer in answers if not answer.error)):
+            storage.remove_mark(place, name)
+    if failed := [answer for answer in answers if answer.error]:
         raise ClusterError(
-            f"the state directory must be seen from every node, because checkpoints lie in it; {directory} is not seen "
-            f"from {', '.join(blind)}: set LORA_SWEEPS_HOME to a directory that all nodes share"
+            f"checkpoints must lie where every node reads and writes; {place} is no such place: "
+            + "; ".join(f"{answer.node.address}: {answer.error}" for answer in failed)
+            + "; set LORA_SWEEPS_HOME to a directory that all nodes share, or LORA_SWEEPS_CHECKPOINTS to a URL such as "
+            "s3://bucket/path that all of them reach"
         )
+
+
+def _read_and_write(place: str, mark: str) -> str:
+    """On a node: reads what the driver has written, and returns the name of what it has written itself."""
+    storage.check_mark(place, mark)
+    storage.leave_mark(place, own := f"{mark}-{secrets.token_hex(8)}")
+    return own
 
 
 def resources(gpus_per_worker: float | Literal["auto"]) -> Resources:

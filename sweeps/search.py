@@ -92,8 +92,8 @@ class PackSearcher:
         rungs: tuple[int, ...],
         pack: int,
         lanes: int,
-        cache: Path,
-        checkpoints: Path,
+        cache: Path | None,
+        checkpoints: str,
         append: Callable[[list[Event]], None],
     ) -> None:
         """Starts a search from nothing; `replay` brings it to where a ledger left off.
@@ -106,8 +106,8 @@ class PackSearcher:
             rungs: steps at which trials report, ascending; the last is the end of training.
             pack: K, members to a pack.
             lanes: jobs under way at once.
-            cache: the workers' directory for what tasks keep.
-            checkpoints: the sweep's directory for members' states.
+            cache: the workers' directory for what tasks keep; None where each node has one of its own.
+            checkpoints: the sweep's place for members' states.
             append: takes events to the ledger, all or none.
         """
         self._spec, self._reduction, self._space = spec, reduction, space
@@ -445,8 +445,8 @@ class PackSearcher:
             job=job,
             work=pack.work,
             spec=self._spec.model_dump(mode="json"),
-            cache=str(self._cache),
-            checkpoints=str(self._checkpoints),
+            cache=None if self._cache is None else str(self._cache),
+            checkpoints=self._checkpoints,
             members=tuple(
                 MemberOrder(
                     trial=t.number,

@@ -25,7 +25,7 @@ _OTHER_USERINFO = re.compile(
 _PARAMETER = re.compile(
     r"""
     (?<![\w-])
-    ([\w-]*(?:passw(?:or)?d|passphrase|pass|pwd|token|secret|api[_-]?key|access[_-]?key|account[_-]?key
+    ([\w-]*(?:passw(?:or)?d|passphrase|pass|pwd|token|secret(?:[_-]?(?:access[_-]?)?key)?|api[_-]?key|access[_-]?key|account[_-]?key
               |private[_-]?key|credentials?|signature|sig)
     \s?(?:=|%3D)\s?)                                             # %3D: an ODBC string within a query
     (?:'[^']+'|"[^"\s,:{}\[\]]+"|[^\s&;\#"'<>]+)                 # not JSON's `"", "next": …`

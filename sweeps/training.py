@@ -17,11 +17,13 @@ from lora_core.adapter import LoraBank, Member
 from lora_core.checkpoint import load_member, save_member
 from lora_core.optimizers import PackOptimizer
 from sweeps.certifying import ClassOrder, certify
+from sweeps.home import own_cache
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult, MemberOrder, MemberResult
 from sweeps.recipe import bank_of, indices_of, lengths_of, optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
+from sweeps.storage import files_in
 from sweeps.tasks import Task, load_task
 from sweeps.tasks.compiled import compile_model
 
@@ -52,12 +54,13 @@ class JobRunner:
     def _run(self, order: JobOrder) -> JobResult:
         started_s = time.perf_counter()
         spec = SweepSpec.model_validate(order.spec)
-        task = self._task(spec, Path(order.cache))
+        cache = Path(order.cache) if order.cache is not None else own_cache()
+        task = self._task(spec, cache)
         setup_s = time.perf_counter() - started_s
         if order.work == "certify":
             member = order.members[0]
             wanted = ClassOrder(member.class_id, member.configuration, order.twins, member.trial)
-            in_float64 = partial(load_task, cache=Path(order.cache), device=device_here())
+            in_float64 = partial(load_task, cache=cache, device=device_here())
             (certificate,) = certify(spec, task, [wanted], steps=order.stop, in_float64=in_float64)
             train_s = time.perf_counter() - started_s - setup_s
             return JobResult(job=order.job, certificate=certificate.model_dump(), setup_s=setup_s, train_s=train_s)
@@ -80,13 +83,13 @@ def device_here() -> torch.device:
 
 def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> JobResult:
     """Trains the members of an order, measures them, and saves their states; results are in the order's own order."""
-    reduction, checkpoints = Reduction.of(spec), Path(order.checkpoints)
+    reduction = Reduction.of(spec)
     members = [Member(reduction.point(m.configuration), spec.train.seed) for m in order.members]
     with bank_of(spec, task, members) as bank:
         optimizer = PackOptimizer(bank, optimizer_of(spec))
         for k, member in enumerate(order.members):
             if member.checkpoint is not None:
-                state = load_member(checkpoints / member.checkpoint)
+                state = load_member(files_in(order.checkpoints, member.checkpoint))
                 bank.load_adapter(k, state.adapter)
                 optimizer.load_state(k, state.optimizer)
         started_s = time.perf_counter()
@@ -100,7 +103,7 @@ def train_members(spec: SweepSpec, task: Task, order: JobOrder) -> JobResult:
         for k, member in enumerate(order.members):
             if k not in seen.diverged_at:
                 save_member(
-                    checkpoints / _checkpoint(member, order.stop),
+                    files_in(order.checkpoints, _checkpoint(member, order.stop)),
                     adapter=bank.adapter(k),
                     optimizer=optimizer.state(k),
                     step=order.stop,

@@ -14,6 +14,7 @@ LAYERS = ("lora_core", "sweeps", "services")
 ONLY_IN = {
     "ray": {"services/ray_jobs.py", "sweeps/engine.py", "sweeps/nodes.py", "sweeps/worker.py"},
     "optuna": {"sweeps/study.py"},
+    "fsspec": {"sweeps/storage.py"},
     "mlflow": {"sweeps/tracking.py"},
     "sqlalchemy": {
         "services/store.py",
@@ -25,7 +26,7 @@ ONLY_IN = {
     "matplotlib": {"sweeps/plots.py"},
     "transformers": {"sweeps/tasks/pretrained.py"},
     "datasets": {"sweeps/tasks/samples.py"},
-    "pyarrow": {"sweeps/tasks/samples.py"},
+    "pyarrow": {"sweeps/storage.py", "sweeps/tasks/samples.py"},
     "jinja2": {"services/templating.py", "sweeps/report.py"},
     "httpx2": {"services/connection.py"},
     "ruamel": {"sweeps/yaml_text.py"},

@@ -173,7 +173,7 @@ class Simulation:
             pack=self.pack,
             lanes=self.lanes,
             cache=Path("cache"),
-            checkpoints=Path("checkpoints"),
+            checkpoints="checkpoints",
             append=self.transactions.append,
         )
         if resumed:

@@ -179,7 +179,7 @@ def test_a_sweep_goes_on_in_smaller_packs_where_memory_runs_out(order: str, scar
         pack=8,
         lanes=1,
         cache=cache,
-        checkpoints=tmp_path / "checkpoints",
+        checkpoints=str(tmp_path / "checkpoints"),
         append=events.extend,
     )
     worker, sizes = JobRunner(), []

@@ -355,7 +355,9 @@ def exchanged(node: str, place: str, error: str) -> Check:
     """
     name = "checkpoints"
     if error:
-        way_out = "set LORA_SWEEPS_HOME to a directory that all nodes share, under one path, or LORA_SWEEPS_CHECKPOINTS "
+        way_out = (
+            "set LORA_SWEEPS_HOME to a directory that all nodes share, under one path, or LORA_SWEEPS_CHECKPOINTS "
+        )
         way_out += "to a URL such as s3://bucket/path that all of them reach"
         return Check(name, "failed", error, way_out, node)
     return Check(name, "ok", f"{place}: read and written, as the driver sees it", node=node)

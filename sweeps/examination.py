@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sweeps import checkup, engine, node_facts, nodes, source_facts, storage, tracking, tracking_address
 from sweeps.checkup import Check, Needs
@@ -170,7 +170,10 @@ def _sources(document: SpecDocument) -> tuple[Source, ...]:
         return () if task.path is None else (Source("task.path", task.path, "code"),)
     if not isinstance(task, ModelTask):
         return ()
-    found = [Source("task.model", task.model, "model", task.revision), Source("task.data.train", task.data.train, "dataset")]
+    found = [
+        Source("task.model", task.model, "model", task.revision),
+        Source("task.data.train", task.data.train, "dataset"),
+    ]
     if isinstance(task.data.eval, str):
         found.append(Source("task.data.eval", task.data.eval, "dataset"))
     return tuple(found)
@@ -224,7 +227,7 @@ def _quietly(ask: Callable[[], _T]) -> _T | None:
         return None  # the check that is about it says so
 
 
-class _RolledBack(Exception):
+class _RollBackError(Exception):
     """Ends the transaction of a probe."""
 
 
@@ -237,12 +240,14 @@ def _ledger(home: Home) -> list[Check]:
                 number = connection.exec_driver_sql(f"SELECT {version}").scalar()
                 took_s = [_seconds(lambda: connection.exec_driver_sql("SELECT 1").scalar()) for _ in range(5)]
             sweep = f"doctor-{secrets.token_hex(4)}"
-            with contextlib.suppress(_RolledBack), ledger.database.writing() as connection:
+            with contextlib.suppress(_RollBackError), ledger.database.writing() as connection:
                 connection.exec_driver_sql(f"INSERT INTO sweeps VALUES ('{sweep}', 'doctor', 0)")
-                raise _RolledBack
+                raise _RollBackError
             shown = ledger.database.shown
         latency_ms = 1e3 * statistics.median(took_s)
-        return Check("ledger", "ok", f"{kind} {number} at {shown}, written and rolled back, {latency_ms:.1f} ms a query")
+        return Check(
+            "ledger", "ok", f"{kind} {number} at {shown}, written and rolled back, {latency_ms:.2g} ms a query"
+        )
 
     check, problem = _bounded("ledger", ask)
     return problem if check is None else [check]
@@ -259,7 +264,7 @@ def _mlflow(document: SpecDocument | None) -> list[Check]:
     own = None if document is None else document.spec.tracking
     uri = (own and own.uri) or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     named = None if document is None or own is None else own.experiment or document.spec.name
-    shown = tracking_address.shown_address(tracking.absolute_uri(uri))
+    shown = tracking_address.shown_address(uri) if _is_server(uri) else hide_passwords(tracking.absolute_uri(uri))
 
     def ask() -> Check:
         tracking.check_tracking(uri, named)  # the first of several: it may have to look up a name
@@ -273,8 +278,12 @@ def _mlflow(document: SpecDocument | None) -> list[Check]:
     return [check, *problem, *(artifacts or [])]
 
 
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def _server_version(uri: str) -> str:
-    if not uri.startswith(("http://", "https://")):
+    if not _is_server(uri):
         return ""
     address = f"{tracking_address.shown_address(uri)}/version"
     try:
@@ -291,7 +300,7 @@ def _artifacts(uri: str, experiment: str) -> list[Check]:
     if local is not None:
         path = urllib.request.url2pathname(local.removeprefix("file://"))
         return [replace(checkup.disk(node_facts.gather_disk(name, path), checkup.EVERYWHERE), name=name)]
-    if not uri.startswith(("http://", "https://")):
+    if not _is_server(uri):
         return [Check(name, "skipped", "without a server their place is only known once an experiment was made")]
     store = tracking.artifact_store(uri, experiment)
     if store is None:
@@ -364,16 +373,16 @@ class _Cluster:
         say("asking its nodes what they have")
         shares_cache = _quietly(storage.configured_place) is None
         cache = str(self.home.cache) if shares_cache else None
-        answers, problem = _bounded("nodes", lambda: nodes.ask(node_facts.gather, {"cache": cache}, timeout_s=_PATIENCE_S))
+        answers, problem = _bounded(
+            "nodes", lambda: nodes.ask(node_facts.gather, {"cache": cache}, timeout_s=_PATIENCE_S)
+        )
         if answers is None:
             return problem
         names = _names([answer.node for answer in answers])
         checks = [_there([answer.node for answer in answers], self.address)]
         resources, problem = _bounded("workers", self._room)
         checks += problem if resources is None else [resources[1]]
-        takes_jobs = {
-            answer.node.id: resources is None or answer.node.room(resources[0]) > 0 for answer in answers
-        }
+        takes_jobs = {answer.node.id: resources is None or answer.node.room(resources[0]) > 0 for answer in answers}
         found: dict[str, NodeFacts] = {}
         for answer in answers:
             name = names[answer.node.id]
@@ -382,9 +391,7 @@ class _Cluster:
                 continue
             found[name] = answer.value
             needs = self.needs if takes_jobs[answer.node.id] else Needs()
-            checks += _machine(
-                answer.value, name, needs, clustered=True, driver=self.driver, in_ray=answer.node.gpus
-            )
+            checks += _machine(answer.value, name, needs, clustered=True, driver=self.driver, in_ray=answer.node.gpus)
         checks += checkup.devices(found, self.needs) + self._token(found.values())
         say("asking them for the time")
         checks += self._in_time("clock", names, self._clocks)
@@ -396,9 +403,7 @@ class _Cluster:
             checks += self._in_time("sources", wanted, lambda which: self._look(sources, which))
         return checks
 
-    def _in_time(
-        self, what: str, names: dict[str, str], ask: Callable[[dict[str, str]], list[Check]]
-    ) -> list[Check]:
+    def _in_time(self, what: str, names: dict[str, str], ask: Callable[[dict[str, str]], list[Check]]) -> list[Check]:
         checks, problem = _bounded(what, lambda: ask(names))
         return problem if checks is None else checks
 
@@ -479,9 +484,7 @@ class _Cluster:
 def _names(found: list[nodes.Node]) -> dict[str, str]:
     """What nodes are called, by their ids: their addresses, where those differ."""
     counts = Counter(node.address for node in found)
-    return {
-        node.id: node.address if counts[node.address] == 1 else f"{node.address} ({node.id[:6]})" for node in found
-    }
+    return {node.id: node.address if counts[node.address] == 1 else f"{node.address} ({node.id[:6]})" for node in found}
 
 
 def _there(found: list[nodes.Node], address: str) -> Check:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,11 +122,11 @@ class NodeFacts:
     auth_mode: str
 
 
-def gather(directories: dict[str, str | None]) -> NodeFacts:
+def gather(directories: Mapping[str, str | None]) -> NodeFacts:
     """Finds out what this machine has.
 
     Args:
-        directories: that a sweep writes to, by their use; None for the cache of a node that does not share the driver's.
+        directories: that a sweep writes to, by their use; None for the cache of a node that does not share that of the
     """
     visible = _first_environment("CUDA_VISIBLE_DEVICES")
     torch_cuda, gpus, gpu_error = _gpus(visible)
@@ -143,7 +144,7 @@ def gather(directories: dict[str, str | None]) -> NodeFacts:
         visible_devices=visible,
         memory_bytes=total_bytes,
         free_bytes=free_bytes,
-        disks=tuple(gather_disk(use, path or str(own_cache())) for use, path in (directories | own).items()),
+        disks=tuple(gather_disk(use, path or str(own_cache())) for use, path in {**directories, **own}.items()),
         shm_bytes=shutil.disk_usage(shm).total if shm.is_dir() else None,
         open_files=_open_files(),
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
@@ -256,7 +257,14 @@ def gather_disk(use: str, path: str) -> Disk:
         usage = shutil.disk_usage(there)
     except OSError as error:
         return Disk(use, str(place), None, 0, "", error.strerror or str(error))
-    return Disk(use, str(there), usage.free, usage.total, file_system(str(there.resolve()), _read("/proc/mounts")), _unwritable(there))
+    return Disk(
+        use,
+        str(there),
+        usage.free,
+        usage.total,
+        file_system(str(there.resolve()), _read("/proc/mounts")),
+        _unwritable(there),
+    )
 
 
 def _unwritable(directory: Path) -> str:

@@ -319,7 +319,7 @@ def _ask_client(uri: str, experiment: str, found: str) -> None:
 
 
 def artifact_store(uri: str, experiment: str) -> Any | None:
-    """Where a server's artifacts go, as MLflow's client writes to it: of an experiment that is there, else of the first.
+    """Where a server's artifacts go, as MLflow's client writes there: of an experiment, else of the first.
 
     Returns:
         MLflow's `ArtifactRepository`; None where there is no experiment yet to tell.

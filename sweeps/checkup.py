@@ -17,6 +17,9 @@ from sweeps.source_facts import Source, SourceFacts
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 
+STATE = "state directory"
+"""What a disk is used for that holds the state directory."""
+
 EVERYWHERE = ""
 """The node of a check that is about no node."""
 
@@ -278,6 +281,26 @@ def disk(found: Disk, node: str, *, needed_bytes: int = 0) -> Check:
     return Check(name, "ok", words, node=node)
 
 
+def disks(facts: NodeFacts, node: str, *, checkpoint_bytes: int = 0) -> list[Check]:
+    """See `disk`, for all directories of a node; what is well on one file system is said in one line.
+
+    Args:
+        facts: of the node.
+        node: its name.
+        checkpoint_bytes: that a sweep would write to the state directory at most.
+    """
+    checks, well = list[Check](), dict[str, list[str]]()
+    for one in facts.disks:
+        needed_bytes = checkpoint_bytes if one.use == STATE else 0
+        check = disk(one, node, needed_bytes=needed_bytes)
+        if check.status != "ok":
+            checks.append(check)
+            continue
+        room = f"{size(one.free_bytes or 0)} free of {size(one.total_bytes)}"
+        well.setdefault(room, []).append(one.use + (f" (up to {size(needed_bytes)})" if needed_bytes else ""))
+    return [*checks, *(Check("disk", "ok", f"{room} for {', '.join(uses)}", node=node) for room, uses in well.items())]
+
+
 def shared_memory(facts: NodeFacts, node: str) -> Check:
     """Whether /dev/shm holds Ray's objects."""
     if facts.shm_bytes is None:
@@ -331,7 +354,7 @@ def state_file_system(path: str, kind: str, *, sqlite: bool, cluster: bool) -> C
         sqlite: whether the ledger is a file there.
         cluster: whether several machines are to use it.
     """
-    name = "state directory"
+    name = STATE
     if not kind:
         return Check(name, "skipped", f"{path}: this system does not say what file system it lies on")
     found = f"{path} lies on {kind}"

@@ -28,8 +28,8 @@ from sweeps.home import Home, database_url
 from sweeps.node_facts import NodeFacts
 from sweeps.secrecy import hide_passwords
 from sweeps.source_facts import Source, SourceFacts
-from sweeps.spec import SpecDocument
-from sweeps.spec_tasks import ModelTask, PythonTask
+from sweeps.spec import SpecDocument, SweepSpec
+from sweeps.spec_tasks import CausalLmTask, ModelTask, PythonTask
 
 _PATIENCE_S = 120
 """For one question, which may have to load torch on a busy machine."""
@@ -59,7 +59,7 @@ def examine(document: SpecDocument | None, home: Home, address: str | None, say:
         found, problem = _bounded("model", lambda: _needs(document), label)
         needs, checks = found or needs, checks + problem
     sources = _sources(document) if document is not None else ()
-    directories = {"state directory": str(home.path), "cache": str(home.cache)}
+    directories = {checkup.STATE: str(home.path), "cache": str(home.cache)}
     facts, problem = _bounded("machine", lambda: node_facts.gather(directories), label)
     checks += problem
     if facts is not None:
@@ -103,18 +103,20 @@ def _bounded(name: str, ask: Callable[[], _T], node: str = checkup.EVERYWHERE) -
 
 
 def _refused(name: str, error: Exception, node: str = checkup.EVERYWHERE) -> Check:
-    """A failed check for an exception; ours end with the way out."""
+    """A failed check for an exception."""
     # Ray says what it found of versions in lines that an error of ours leaves out.
     versions = str(error.__cause__ or "")
-    words = versions if "ersion mismatch" in versions else str(error)
-    text = " ".join(hide_passwords(words).split())
-    if words is versions:
-        return Check(name, "failed", text, "install the same versions of Ray and Python on all nodes", node)
-    if isinstance(error, InputError):
-        found, _, way_out = text.rpartition("; ")
-        return Check(name, "failed", found or text, way_out if found else "see what was found", node)
-    way_out = "this was not foreseen: what was found should tell; else report it"
-    return Check(name, "failed", f"{type(error).__name__}: {text}", way_out, node)
+    if "ersion mismatch" in versions:
+        way_out = "install the same versions of Ray and Python on all nodes"
+        return Check(name, "failed", " ".join(versions.split()), way_out, node)
+    text = " ".join(hide_passwords(str(error)).split())
+    if not isinstance(error, InputError):
+        found = f"{type(error).__name__}: {text}"
+        return Check(name, "failed", found, "this was not foreseen: if it does not tell what to do, report it", node)
+    required, *pieces = text.split("; ")
+    if len(pieces) < 2:
+        return Check(name, "failed", text, "start it where it should be, or correct what is named", node)
+    return Check(name, "failed", "; ".join([required, *pieces[:-1]]), pieces[-1], node)
 
 
 # -- a machine ---------------------------------------------------------------------------------------------------------
@@ -135,9 +137,7 @@ def _machine(
     if trains:
         checks.append(checkup.gpus(facts, node, in_ray))
     checks.append(checkup.memory(facts, node, needs if trains else Needs()))
-    for disk in facts.disks:
-        needed = needs.checkpoint_bytes if disk.use == "state directory" and driver is None else None
-        checks.append(checkup.disk(disk, node, needed_bytes=needed or 0))
+    checks += checkup.disks(facts, node, checkpoint_bytes=(needs.checkpoint_bytes or 0) if driver is None else 0)
     return [*checks, checkup.shared_memory(facts, node), checkup.open_files(facts, node)]
 
 
@@ -189,7 +189,27 @@ def _needs(document: SpecDocument) -> Needs:
         return Needs(spec.compute.gpus_per_worker)
     hub = [place for place in (spec.task.data.train, spec.task.data.eval) if isinstance(place, str)]
     packages = ("transformers", *(() if all(Path(place).is_file() for place in hub) else ("datasets",)))
-    return Needs(spec.compute.gpus_per_worker, packages, base_bytes(with_dtype(document).spec))
+    spec = with_dtype(document).spec
+    checkpoints = None if storage.configured_place() else _checkpoint_bytes(spec)
+    return Needs(spec.compute.gpus_per_worker, packages, base_bytes(spec), checkpoints)
+
+
+def _checkpoint_bytes(spec: SweepSpec) -> int:
+    """What all members' states take if no trial is pruned: adapters, and what the optimizer keeps of them."""
+    from lora_core.targets import find_targets
+    from sweeps.plan import make_plan
+    from sweeps.reduction import Reduction
+    from sweeps.tasks import pretrained
+
+    assert isinstance(spec.task, ModelTask)
+    kind = pretrained.CAUSAL_LM if isinstance(spec.task, CausalLmTask) else pretrained.CLASSIFIER
+    outline = pretrained.without_weights(pretrained.load_config(spec.task, kind), kind)
+    reduction = Reduction.of(spec)
+    layers = find_targets(outline, spec.lora.target_modules).values()
+    weights = sum(max(reduction.space.ranks) * (layer.in_features + layer.out_features) for layer in layers)
+    plan = make_plan(spec, reduction, workers=1, most_members=None)
+    states = 1 + spec.train.law.states_with(spec.train.settings)
+    return 4 * weights * states * plan.trials * len(plan.rungs)
 
 
 # -- ledger and MLflow -------------------------------------------------------------------------------------------------
@@ -198,7 +218,7 @@ def _needs(document: SpecDocument) -> Needs:
 def _state(home: Home, facts: NodeFacts | None, *, cluster: bool) -> list[Check]:
     if facts is None:
         return []
-    kind = next(disk.kind for disk in facts.disks if disk.use == "state directory")
+    kind = next(disk.kind for disk in facts.disks if disk.use == checkup.STATE)
     url = _quietly(database_url)
     return [checkup.state_file_system(str(home.path), kind, sqlite=not url, cluster=cluster)]
 

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from sweeps.errors import InputError
 from sweeps.node_facts import Disk, NodeFacts
+from sweeps.secrecy import hide_passwords
 from sweeps.source_facts import Source, SourceFacts
 
 Status = Literal["ok", "warning", "failed", "skipped"]
@@ -103,7 +105,9 @@ class Needs:
 
 def size(n_bytes: float) -> str:
     """Bytes for people."""
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.0f} MB"
+    if n_bytes >= 1e9:
+        return f"{n_bytes / 1e9:.1f} GB"
+    return f"{n_bytes / 1e6:.0f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def counts(checks: Sequence[Check]) -> dict[str, int]:
@@ -117,6 +121,23 @@ def summary(checks: Sequence[Check]) -> str:
     words = [f"{n['ok']} ok", f"{n['warning']} warning{'' if n['warning'] == 1 else 's'}", f"{n['failed']} failed"]
     words += [f"{n['skipped']} skipped"] if n["skipped"] else []
     return f"{len(checks)} check{'' if len(checks) == 1 else 's'}: {', '.join(words)}"
+
+
+def refused(name: str, error: Exception, node: str = EVERYWHERE) -> Check:
+    """A check that failed with an exception; most of ours end with the way out."""
+    # Ray says what it found of versions in lines that an error of ours leaves out.
+    versions = str(error.__cause__ or "")
+    if "ersion mismatch" in versions:
+        way_out = "install the same versions of Ray and Python on all nodes"
+        return Check(name, "failed", " ".join(versions.split()), way_out, node)
+    text = " ".join(hide_passwords(str(error)).split())
+    if not isinstance(error, InputError):
+        found = f"{type(error).__name__}: {text}"
+        return Check(name, "failed", found, "this was not foreseen: if it does not tell what to do, report it", node)
+    required, *pieces = text.split("; ")
+    if len(pieces) < 2:
+        return Check(name, "failed", text, "start it where it should be, or correct what is named", node)
+    return Check(name, "failed", "; ".join([required, *pieces[:-1]]), pieces[-1], node)
 
 
 def silent(node: str, error: str) -> Check:

@@ -56,8 +56,9 @@ def examine(document: SpecDocument | None, home: Home, address: str | None, say:
     checks, needs, seen = list[Check](), Needs(), None
     if document is not None:
         say("looking at the spec's model")
-        found, problem = _bounded("model", lambda: _needs(document), label)
-        needs, checks = found or needs, checks + problem
+        needs = _needs(document)
+        sized, problem = _bounded("model's config", lambda: _sized(document, needs), label)
+        needs, checks = sized or needs, checks + problem
     sources = _sources(document) if document is not None else ()
     directories = {checkup.STATE: str(home.path), "cache": str(home.cache)}
     facts, problem = _bounded("machine", lambda: node_facts.gather(directories), label)
@@ -97,26 +98,9 @@ def _bounded(name: str, ask: Callable[[], _T], node: str = checkup.EVERYWHERE) -
     if answer:
         return answer[0], []
     if errors:
-        return None, [_refused(name, errors[0], node)]
+        return None, [checkup.refused(name, errors[0], node)]
     way_out = "see whether what it needs answers at all: the network, the disk, the server"
     return None, [Check(name, "failed", f"no answer within {_PATIENCE_S} s", way_out, node)]
-
-
-def _refused(name: str, error: Exception, node: str = checkup.EVERYWHERE) -> Check:
-    """A failed check for an exception."""
-    # Ray says what it found of versions in lines that an error of ours leaves out.
-    versions = str(error.__cause__ or "")
-    if "ersion mismatch" in versions:
-        way_out = "install the same versions of Ray and Python on all nodes"
-        return Check(name, "failed", " ".join(versions.split()), way_out, node)
-    text = " ".join(hide_passwords(str(error)).split())
-    if not isinstance(error, InputError):
-        found = f"{type(error).__name__}: {text}"
-        return Check(name, "failed", found, "this was not foreseen: if it does not tell what to do, report it", node)
-    required, *pieces = text.split("; ")
-    if len(pieces) < 2:
-        return Check(name, "failed", text, "start it where it should be, or correct what is named", node)
-    return Check(name, "failed", "; ".join([required, *pieces[:-1]]), pieces[-1], node)
 
 
 # -- a machine ---------------------------------------------------------------------------------------------------------
@@ -180,18 +164,25 @@ def _sources(document: SpecDocument) -> tuple[Source, ...]:
 
 
 def _needs(document: SpecDocument) -> Needs:
-    """What a spec asks for, as far as its model's config tells."""
-    from sweeps.dtypes import with_dtype
-    from sweeps.tasks import base_bytes  # loads torch
-
+    """What a spec asks for by itself."""
     spec = document.spec
     if not isinstance(spec.task, ModelTask):
         return Needs(spec.compute.gpus_per_worker)
-    hub = [place for place in (spec.task.data.train, spec.task.data.eval) if isinstance(place, str)]
-    packages = ("transformers", *(() if all(Path(place).is_file() for place in hub) else ("datasets",)))
+    places = [place for place in (spec.task.data.train, spec.task.data.eval) if isinstance(place, str)]
+    packages = ("transformers", *(() if all(Path(place).is_file() for place in places) else ("datasets",)))
+    return Needs(spec.compute.gpus_per_worker, packages)
+
+
+def _sized(document: SpecDocument, needs: Needs) -> Needs:
+    """What it asks for beyond that, as its model's config tells."""
+    if not isinstance(document.spec.task, ModelTask):
+        return needs
+    from sweeps.dtypes import with_dtype
+    from sweeps.tasks import base_bytes  # loads torch
+
     spec = with_dtype(document).spec
     checkpoints = None if storage.configured_place() else _checkpoint_bytes(spec)
-    return Needs(spec.compute.gpus_per_worker, packages, base_bytes(spec), checkpoints)
+    return replace(needs, base_bytes=base_bytes(spec), checkpoint_bytes=checkpoints)
 
 
 def _checkpoint_bytes(spec: SweepSpec) -> int:
@@ -289,7 +280,7 @@ def _mlflow(document: SpecDocument | None) -> list[Check]:
     def ask() -> Check:
         tracking.check_tracking(uri, named)  # the first of several: it may have to look up a name
         latency_ms = 1e3 * _seconds(lambda: tracking.check_tracking(uri, named))
-        return Check("MLflow", "ok", f"{_server_version(uri)}{shown} answers in {latency_ms:.0f} ms")
+        return Check("MLflow", "ok", f"{_server_version(uri)}{shown} answers in {latency_ms:.2g} ms")
 
     check, problem = _bounded("MLflow", ask)
     if check is None:
@@ -435,7 +426,7 @@ class _Cluster:
         try:
             nodes.check_fits(resources)
         except InputError as error:
-            return resources, _refused("workers", error)
+            return resources, checkup.refused("workers", error)
         room = nodes.cluster_workers(resources)
         if compute is not None and compute.workers != "auto" and compute.workers > room:
             found = f"room for {room} that take {takes} each; the spec wants {compute.workers}"

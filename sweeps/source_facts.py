@@ -71,10 +71,8 @@ def _path(source: Source) -> SourceFacts:
         return SourceFacts(True, path.stat().st_size, _digest([path], path.parent))
     if not path.is_dir():
         return SourceFacts(False)
-    names = ("*.py",) if source.kind == "code" else ("*",)
-    files = sorted(
-        one for pattern in names for one in path.glob(pattern) if one.is_file() and not one.name.startswith(".")
-    )
+    inside = path.glob("*.py") if source.kind == "code" else path.rglob("*")
+    files = sorted(one for one in inside if one.is_file() and not one.name.startswith("."))
     return SourceFacts(True, sum(one.stat().st_size for one in files), _digest(files, path))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from sweeps import checkup
 from sweeps.checkup import Check, Needs
+from sweeps.errors import ClusterError, TrackingError
 from sweeps.node_facts import PACKAGES, Disk, Gpu, NodeFacts, file_system
 from sweeps.source_facts import Source, SourceFacts
 
@@ -300,3 +301,28 @@ def test_the_summary_counts_what_was_skipped_only_where_something_was():
     ]
     assert checkup.summary(checks) == "4 checks: 2 ok, 1 warning, 1 failed"
     assert checkup.summary([Check("a", "skipped", "x")]) == "1 check: 0 ok, 0 warnings, 0 failed, 1 skipped"
+
+
+# -- exceptions --------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_with_a_way_out_is_told_with_it():
+    error = TrackingError("tracking.uri must answer; it does not; start it (`mlflow server`)")
+    assert checkup.refused("MLflow", error) == Check(
+        "MLflow", "failed", "tracking.uri must answer; it does not", "start it (`mlflow server`)"
+    )
+
+
+def test_an_error_that_nobody_foresaw_is_a_failure_and_hides_secrets():
+    check = checkup.refused("ledger", RuntimeError("cannot open postgresql://me:hunter2@host/db"))
+    assert holds(check, "failed", "RuntimeError", "report it")
+    assert "hunter2" not in check.found
+
+
+def test_other_versions_of_ray_are_told_in_a_line():
+    ray_says = "Version mismatch: The cluster was started with:\n    Ray: 2.49.0\n    Python: 3.12.3\nThis process: ..."
+    error = ClusterError("the Ray cluster must be there; it cannot be used: Version mismatch: The cluster was:")
+    error.__cause__ = RuntimeError(ray_says)
+    check = checkup.refused("Ray", error)
+    assert holds(check, "failed", "Ray: 2.49.0 Python: 3.12.3", "the same versions of Ray and Python")
+    assert "\n" not in check.found

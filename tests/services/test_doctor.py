@@ -189,6 +189,7 @@ def two_nodes(inside: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """A head with a CPU, and a node, started by some words, that claims two GPUs; yields what a driver needs."""
     mark, port = f"TESTS_DOCTOR={secrets.token_hex(8)}", free_port()
     name, _, value = mark.partition("=")
+    processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         env = environment(**access, **{name: value}, RAY_TMPDIR=scratch, RAY_USAGE_STATS_ENABLED="0")
@@ -197,18 +198,19 @@ def two_nodes(inside: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
         head = ["--head", "--port", str(port), "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
         node = ["--address", f"127.0.0.1:{port}", "--node-ip-address", "127.0.0.2", "--num-gpus", "2"]
         try:
-            for i, words in enumerate(
-                ([*start, *head, "--ray-client-server-port", str(free_port())], [*inside, *start, *node])
-            ):
-                _until_started(words, env, Path(scratch, f"{i}.log"))
+            for words in ([*start, *head, "--ray-client-server-port", str(free_port())], [*inside, *start, *node]):
+                log = Path(scratch, f"{len(processes)}.log")
+                with log.open("wb") as said:
+                    processes.append(subprocess.Popen(words, env=env, stdout=said, stderr=said, start_new_session=True))
+                _wait_until_started(processes[-1], log)
             yield f"127.0.0.1:{port}", access
         finally:
             _kill_all_with(mark)
+            for process in processes:
+                process.wait()
 
 
-def _until_started(words: list[str], env: dict[str, str], log: Path) -> None:
-    with log.open("wb") as said:
-        process = subprocess.Popen(words, env=env, stdout=said, stderr=said, start_new_session=True)
+def _wait_until_started(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline_s = time.monotonic() + _PATIENCE_S
     while "Ray runtime started" not in log.read_text():
         assert process.poll() is None, log.read_text()
@@ -242,6 +244,7 @@ def test_an_ill_node_of_a_cluster_is_found_out(tmp_path: Path):
     (state / "model" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}')
     with two_nodes(hidden(state)) as (address, access):
         found = examined("spec.yaml", "--address", address, cwd=tmp_path, LORA_SWEEPS_HOME=str(state), **access)
+    assert "127.0.0.1" in found, found
     well, ill = found["127.0.0.1"], found["127.0.0.2"]
     for name in ("versions", "GPUs", "clock", "checkpoints", "task.model", "task.data.train"):
         assert well[name]["status"] == "ok", well[name]

@@ -187,7 +187,7 @@ def _sized(document: SpecDocument, needs: Needs) -> Needs:
 
 def _checkpoint_bytes(spec: SweepSpec) -> int:
     """What all members' states take if no trial is pruned: adapters, and what the optimizer keeps of them."""
-    from lora_core.targets import find_targets
+    from lora_core.targets import NoTargetError, find_targets
     from sweeps.plan import make_plan
     from sweeps.reduction import Reduction
     from sweeps.tasks import pretrained
@@ -196,7 +196,11 @@ def _checkpoint_bytes(spec: SweepSpec) -> int:
     kind = pretrained.CAUSAL_LM if isinstance(spec.task, CausalLmTask) else pretrained.CLASSIFIER
     outline = pretrained.without_weights(pretrained.load_config(spec.task, kind), kind)
     reduction = Reduction.of(spec)
-    layers = find_targets(outline, spec.lora.target_modules).values()
+    try:
+        layers = find_targets(outline, spec.lora.target_modules).values()
+    except NoTargetError as error:
+        required = "lora.target_modules must name layers of the model"
+        raise InputError(f"{required}; {error}; correct it, and see `lora-sweeps plan`") from None
     weights = sum(max(reduction.space.ranks) * (layer.in_features + layer.out_features) for layer in layers)
     plan = make_plan(spec, reduction, workers=1, most_members=None)
     states = 1 + spec.train.law.states_with(spec.train.settings)

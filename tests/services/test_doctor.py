@@ -29,7 +29,7 @@ _PATIENCE_S = 180
 SPEC = """\
 name: looked-at
 task: {type: causal_lm, model: /no/such/model, data: {train: ./train.jsonl}}
-lora: {target_modules: [q_proj]}
+lora: {target_modules: [c_attn]}
 parameters: {rank: {values: [2, 4]}, lr: {min: 1e-4, max: 1e-2}, alpha: {values: [4, 8]}}
 compute: {workers: 1, gpus_per_worker: 0}
 """
@@ -244,8 +244,8 @@ def test_an_ill_node_of_a_cluster_is_found_out(tmp_path: Path):
     (state / "model" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}')
     with two_nodes(hidden(state)) as (address, access):
         found = examined("spec.yaml", "--address", address, cwd=tmp_path, LORA_SWEEPS_HOME=str(state), **access)
-    assert "127.0.0.1" in found, found
-    well, ill = found["127.0.0.1"], found["127.0.0.2"]
+    (head,) = set(found) - {"", "driver", "127.0.0.2"}  # Ray puts the machine's own address for 127.0.0.1
+    well, ill = found[head], found["127.0.0.2"]
     for name in ("versions", "GPUs", "clock", "checkpoints", "task.model", "task.data.train"):
         assert well[name]["status"] == "ok", well[name]
     assert ill["GPUs"]["status"] == "failed"

@@ -12,6 +12,7 @@ import click
 
 from lora_core import __version__
 from services.certifying import certify
+from services.doctor import doctor
 from services.driving import drive
 from services.exporting import export
 from services.job_driver import drive_job
@@ -186,6 +187,7 @@ def init(path: Path, force: bool) -> None:
 
 for _command in (
     certify,
+    doctor,
     drive,
     drive_job,
     serve,

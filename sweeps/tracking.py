@@ -322,3 +322,22 @@ def _ask_client(uri: str, experiment: str, found: str) -> None:
         raise TrackingError(deleted_experiment(experiment, known.experiment_id))
     if known is not None:
         check_artifact_location(known.artifact_location)
+
+
+def artifact_store(uri: str, experiment: str) -> Any | None:
+    """Where a server's artifacts go, as MLflow's client writes there: of an experiment, else of the first.
+
+    Returns:
+        MLflow's `ArtifactRepository`; None where there is no experiment yet to tell.
+    """
+    client = _connect(uri)
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        try:
+            found = client.get_experiment("0")
+        except MlflowException:
+            return None
+    return get_artifact_repository(found.artifact_location, tracking_uri=uri)

@@ -34,6 +34,7 @@ ONLY_IN = {
         "services/certifying.py",
         "services/cli.py",
         "services/discovering.py",
+        "services/doctor.py",
         "services/driving.py",
         "services/exporting.py",
         "services/job_driver.py",

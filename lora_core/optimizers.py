@@ -197,7 +197,7 @@ class PackOptimizer:
         The norm is over A and B of all layers on all devices, and not over DoRA's magnitudes or heads, whose gradients
         no gauge moves. A norm of zero is left alone.
         """
-        norms_K = _norms_K([storage.clipped_KP for storage in self.bank.storages])
+        norms_K = norms_of_rows([storage.clipped_KP for storage in self.bank.storages])
         if self._clip_K is not None:
             # clip / 0 is infinite and so becomes 1.
             factors_K1 = (self._clip_K / norms_K).clamp(max=1.0)[:, None]
@@ -208,7 +208,7 @@ class PackOptimizer:
     @torch.no_grad()
     def norms_outside_clip(self) -> Tensor:
         """Returns the norms of what `clip` leaves alone, magnitudes and heads, [K], on the same device."""
-        return _norms_K([storage.unclipped_KP for storage in self.bank.storages])
+        return norms_of_rows([storage.unclipped_KP for storage in self.bank.storages])
 
     def step(self, lr_factor: float) -> None:
         """One step of every member that is not frozen, with lr_factor times its learning rates."""
@@ -337,7 +337,7 @@ def _clip_norms(bank: LoraBank) -> Tensor | None:
     return torch.tensor(norms, dtype=grads_KP.dtype, device=grads_KP.device)
 
 
-def _norms_K(parts: Sequence[Tensor]) -> Tensor:
+def norms_of_rows(parts: Sequence[Tensor]) -> Tensor:
     """The norms of members' rows, each of which is in one part a device, on the first one's device."""
     norms: list[Tensor] = [torch.linalg.vector_norm(part_KP, dim=1) for part_KP in parts]
     if len(norms) == 1:

@@ -206,8 +206,8 @@ def why_one_gpu(fit: Preflight) -> str:
     if size > _MOST_LOADED * share:
         return ""
     return (
-        f"the base model takes {_gb(size)} and fits on one GPU of {_gb(share)} with room for members: GPUs that share a "
-        "model compute in turn, so compute.gpus_per_worker: 1 would train packs on all of them at once"
+        f"the base model takes {_gb(size)} and fits on one GPU of {_gb(share)} with room for members: GPUs that "
+        "share a model compute in turn, so compute.gpus_per_worker: 1 would train packs on all of them at once"
     )
 
 

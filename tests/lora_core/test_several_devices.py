@@ -1,9 +1,8 @@
 """Packs over a model that lies on several devices, as accelerate lays it out.
 
-Without several GPUs devices are checked with torch's fake tensors, which have a device and no values, and raise where an
-operation mixes two. `meta:0` and `meta:1` stand for two GPUs, for autograd knows no `cuda:1` in a build without CUDA;
-`cpu:0` and `cpu:1` where a kernel or a generator must exist, but torch takes a lone number on the CPU for one on any
-device. Numbers are checked on the CPU: under accelerate's hooks, and with a bank that is cut in two.
+Without several GPUs devices are checked with torch's fake tensors, which have a device and no values, and raise where
+an operation mixes two. `meta:0` and `meta:1` stand for two GPUs: without CUDA autograd knows no `cuda:1`.
+Numbers are checked on the CPU: under accelerate's hooks, and with a bank that is cut in two.
 """
 
 from __future__ import annotations
@@ -29,7 +28,11 @@ from lora_core.train import losses_and_norms, train_pack
 from tests.lora_core.real_models import CONSTANT, SHAPES, VOCABULARY, losses_of, make_model
 from tests.lora_core.support import Mlp, Pack, make_point
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # accelerate looks whether weights that it has laid out are tied.
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning"),
+]
 
 PLACES = {
     "gpt2": ({"transformer.wte": 0, "transformer.wpe": 0, "transformer.h.0": 0, "lm_head": 0},
@@ -61,7 +64,7 @@ def member(rank: int = 4, seed: int = 0, *, magnitude: bool = False, head: bool 
 
 def lie(model: nn.Module, places: Mapping[str, str]) -> nn.Module:
     """A model of the meta device with fake weights on the devices of its parts, under accelerate's hooks."""
-    made: dict[int, Tensor] = {}
+    made: dict[Tensor, Tensor] = {}
     for name, module in model.named_modules():
         part = max((each for each in places if f"{name}.".startswith(f"{each}.")), key=len, default=None)
         for table in (module._parameters, module._buffers):
@@ -71,14 +74,14 @@ def lie(model: nn.Module, places: Mapping[str, str]) -> nn.Module:
                 assert part is not None, f"{name} is on no device"
                 fake = torch.empty(value.shape, dtype=value.dtype, device=places[part])
                 whole = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
-                table[key] = made.setdefault(id(value), whole)  # tied weights stay tied
+                table[key] = made.setdefault(value, whole)  # tied weights stay tied
     return dispatch_model(model.eval(), dict(places), main_device=next(iter(places.values())))
 
 
-def fake_model(name: str, kind: str) -> nn.Module:
+def fake_model(name: str) -> nn.Module:
     with torch.device("meta"):
         model = SHAPES[name].make()
-    return lie(model, places_of(name, kind))
+    return lie(model, places_of(name, "meta"))
 
 
 def fake_losses(model: nn.Module, members: int, device: str, *, causal: bool) -> Tensor:
@@ -104,7 +107,7 @@ def check_places(bank: LoraBank, optimizer: PackOptimizer) -> None:
     expected |= {name: next(head.base.parameters()).device for name, head in bank.heads.items()}
     assert len(set(expected.values())) == 2
     for module in (*bank.layers.values(), *bank.heads.values()):
-        own = [tensor for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
         assert all(tensor.device == module.stored_K.device for tensor in own)
     for k in range(len(bank.members)):
         for key, weight in bank.member_tensors(k).items():
@@ -120,14 +123,13 @@ def check_places(bank: LoraBank, optimizer: PackOptimizer) -> None:
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.usefixtures("fake")
 def test_a_step_mixes_no_devices(name: str, variant: str):
-    kind = "cpu" if "dropout" in variant else "meta"  # where there are generators
-    model, causal = fake_model(name, kind), SHAPES[name].causal
-    end = f"{kind}:{0 if name == 'gpt2' else 1}"  # GPT-2's output is tied to its embedding
+    model, causal = fake_model(name), SHAPES[name].causal
+    end = "meta:0" if name == "gpt2" else "meta:1"  # GPT-2's output is tied to its embedding
     heads = None if causal else ["classifier"]
     members = [member(rank, seed, head=not causal, **VARIANTS[variant]) for seed, rank in enumerate((4, 2))]
     with LoraBank.attach(model, SHAPES[name].pack_targets, members, heads=heads) as bank:
-        assert [str(storage.device) for storage in bank.storages] == [f"{kind}:0", f"{kind}:1"]
-        optimizer = PackOptimizer(bank, OptimizerConfig("adamw", kernel="fused" if kind == "cpu" else "foreach"))
+        assert [str(storage.device) for storage in bank.storages] == ["meta:0", "meta:1"]
+        optimizer = PackOptimizer(bank, OptimizerConfig("adamw", kernel="foreach"))
         for batch in range(2):
             bank.zero_grad()
             bank.batch = batch
@@ -136,23 +138,22 @@ def test_a_step_mixes_no_devices(name: str, variant: str):
             bank.batch = None
             assert losses_and_norms(optimizer, losses.detach().double()).shape == (2, 2)
             optimizer.step(1.0)
-        assert str(bank.update_norms_KL().device) == f"{kind}:0"
+        assert str(bank.update_norms_KL().device) == "meta:0"
         check_places(bank, optimizer)
 
 
 @pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.absolute.keys() <= {"eps"}])
-@pytest.mark.parametrize("kind", ["cpu", "meta"])
 @pytest.mark.usefixtures("fake")
-def test_an_optimizer_keeps_its_state_beside_the_weights(name: str, kind: str):
+def test_an_optimizer_keeps_its_state_beside_the_weights(name: str):
     with torch.device("meta"):
         bare = Mlp()
-    model = lie(bare, {"fc1": f"{kind}:0", "fc2": f"{kind}:1", "head": f"{kind}:1"})
+    model = lie(bare, {"fc1": "meta:0", "fc2": "meta:1", "head": "meta:1"})
     settings = FactorSettings(1e-2, 0.0, {"eps": 1e-8} if LAWS[name].absolute else {})
     point = Point(4, 2.0, 1.0, settings, settings, clip_norm=1.0)
     with LoraBank.attach(model, ["fc1", "fc2"], [Member(point, 0)] * 2) as bank:
-        kernel = "loop" if kind == "meta" and "loop" in LAWS[name].kernels else None
-        optimizer = PackOptimizer(bank, OptimizerConfig(name, kernel=kernel))
-        model(torch.empty(4, 12, device=f"{kind}:1")).sum().backward()
+        kernels = LAWS[name].kernels  # a fused one wants a device that computes
+        optimizer = PackOptimizer(bank, OptimizerConfig(name, kernel="foreach" if "foreach" in kernels else None))
+        model(torch.empty(4, 12, device="meta:1")).sum().backward()
         optimizer.clip()
         optimizer.step(1.0)
         check_places(bank, optimizer)
@@ -160,7 +161,6 @@ def test_an_optimizer_keeps_its_state_beside_the_weights(name: str, kind: str):
         saved = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in optimizer.state(0).items()}
         optimizer.load_state(1, saved)
         bank.load_adapter(1, {key: torch.empty(value.shape) for key, value in bank.adapter(0).items()})
-        optimizer.step(1.0)
         check_places(bank, optimizer)
 
 
@@ -170,7 +170,7 @@ def test_a_layer_brings_its_input_to_its_own_device():
         model = Mlp()
     lie(model, {"fc1": "meta:0", "fc2": "meta:1", "head": "meta:1"})
     x = torch.empty(4, 24, device="meta:0")
-    with pytest.raises(Exception, match="meta:0 and meta:1|meta:1 and meta:0"):
+    with pytest.raises(Exception, match=r"meta:0 and meta:1|meta:1 and meta:0"):
         nn.functional.linear(x, model.fc2.weight)  # what the test rests on: mixing is found
     with LoraBank.attach(model, ["fc2"], [member()]):
         assert str(model.fc2(x).device) == "meta:1"
@@ -299,6 +299,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 def test_hooks_that_move_activations_change_no_bit(name: str, again: bool):
     def losses(*, hooked: bool) -> list[tuple[float, ...]]:
         model, causal = make_model(name), SHAPES[name].causal
+        model.config.use_cache = False  # a layer that is computed twice would find its own keys there
         if hooked:
             places = dict.fromkeys(places_of(name, "cpu"), "cpu")
             dispatch_model(model, places, main_device="cpu", force_hooks=True)

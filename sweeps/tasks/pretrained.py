@@ -126,7 +126,7 @@ def device_map(model: Any, memory_bytes: Sequence[int]) -> dict[str, int]:
     """Which GPU each part of a model goes on: about as much on each, no layer in two.
 
     transformers' own `balanced`, from the sizes of the weights alone, so that GPUs alike have about as much left for
-    members and activations.
+    members and activations: all but the last have up to one and a quarter of the largest part more than their share.
 
     Args:
         model: of transformers; it may be on the meta device.

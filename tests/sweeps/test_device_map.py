@@ -23,12 +23,19 @@ from sweeps.spec import SweepSpec, parse_spec
 from sweeps.tasks import load_task, most_on_one_gpu
 from sweeps.tasks.pretrained import CAUSAL_LM, CLASSIFIER, device_map, total_bytes, without_weights
 from sweeps.tasks.spread import bytes_by_gpu, device_of_answers, gpus_of
-from tests.support import TINY_SPEC, run_cli
+from tests.support import run_cli
 from tests.sweeps.hf_support import TEXTS, classify_document, lm_document, make_checkpoint, make_model, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+DIGITS = """\
+name: tiny
+task: {type: digits}
+lora: {target_modules: [fc1, fc2]}
+parameters: {rank: 2, lr: {min: 1e-3, max: 1e-1}, alpha: 16}
+compute: {gpus_per_worker: 2}
+"""
 LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
@@ -60,10 +67,10 @@ def on_gpus(spec: SweepSpec, gpus: float) -> SweepSpec:
 @pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize("tied", [False, True])
 def test_each_gpu_has_some_layers_one_after_the_other(gpus: int, tied: bool):
-    model = outline(tied=tied)
+    model = outline(tied=tied, layers=16)
     places = device_map(model, [10**9] * gpus)
     assert set(places.values()) == set(range(gpus))
-    layers = [places[f"model.layers.{i}"] for i in range(8)]
+    layers = [places[f"model.layers.{i}"] for i in range(16)]
     assert all(before <= after for before, after in pairwise(layers))
     taken = bytes_by_gpu(model, places)
     assert sum(taken.values()) == total_bytes(model) + sum(buffer.nbytes for buffer in model.buffers())
@@ -101,7 +108,7 @@ def test_only_models_of_transformers_on_gpus_are_spread(llama: Path, texts: str)
     assert {gpus: gpus_of(each, GPU) for gpus, each in asked.items()} == {0.0: 1, 0.5: 1, 1.0: 1, 2.0: 2}
     assert gpus_of(spec, GPU) == 1  # auto
     assert gpus_of(asked[2.0], CPU) == gpus_of(asked[2.0], torch.device("meta")) == 1
-    assert gpus_of(on_gpus(parse_spec(TINY_SPEC, "tiny.yaml").spec, 2.0), GPU) == 1
+    assert gpus_of(on_gpus(parse_spec(DIGITS.replace("worker: 2", "worker: 1"), "tiny.yaml").spec, 2.0), GPU) == 1
 
 
 def test_batches_go_where_the_model_ends():
@@ -119,7 +126,7 @@ def test_batches_go_where_the_model_ends():
 def test_a_language_model_under_hooks_trains_and_evaluates_to_the_same_bits(
     llama: Path, texts: str, tmp_path: Path, more: str
 ):
-    document = lm_document(llama, texts, more)
+    document = lm_document(llama, texts, more, batch_size=2)
     assert _seen(document, tmp_path, hooked=True) == _seen(document, tmp_path, hooked=False)
 
 
@@ -193,7 +200,7 @@ def test_a_model_that_fits_on_one_gpu_is_advised_to(fit: tuple[SweepSpec, Prefli
     "task", ["{type: digits}", "{type: python, entrypoint: 'a.b:c', metrics: {eval/loss: minimize}}"]
 )
 def test_several_gpus_for_a_model_that_is_not_spread_are_refused(task: str):
-    text = TINY_SPEC.replace("{type: digits}", task).replace("workers: 1", "gpus_per_worker: 2")
+    text = DIGITS.replace("{type: digits}", task)
     with pytest.raises(
         SpecError, match=r"compute.gpus_per_worker: required at most 1, .*is not spread.*; found 2; .*idle"
     ):
@@ -202,8 +209,8 @@ def test_several_gpus_for_a_model_that_is_not_spread_are_refused(task: str):
 
 def test_a_refusal_ends_the_command_with_its_line(tmp_path: Path):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_SPEC.replace("workers: 1", "gpus_per_worker: 2"))
-    done = run_cli("plan", str(path))
+    path.write_text(DIGITS)
+    done = run_cli("plan", path, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "compute.gpus_per_worker: required at most 1" in done.stderr
     assert "Traceback" not in done.stderr

@@ -57,8 +57,8 @@ def measure_member(
     """Trains one member on one batch, evaluates it on the same, and counts.
 
     Args:
-        bank: of one member, of the pack's largest rank; on several devices all of them are counted together. The frozen model's own parameters and buffers are not counted;
-            it may be on the meta device.
+        bank: of one member, of the pack's largest rank; on several devices all of them are counted together. The
+            frozen model's own parameters and buffers are not counted; it may be on the meta device.
         losses_K: of one batch [1], with the graph to the member's weights.
         optimizer_states: tensors of a weight's size that the optimizer keeps for it (`OptimizerLaw.states_with`).
         most_rows: rows that a member brings to a layer at most, in training or in evaluation; what was counted for

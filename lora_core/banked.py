@@ -23,6 +23,14 @@ class BankedModule(nn.Module):
         """One of the views, [K, ...]."""
         raise NotImplementedError
 
+    def _brought_here(self, x: Tensor) -> Tensor:
+        """A tensor on the module's own device; where it is there already, itself.
+
+        Of a model on several devices it comes from another one where a module begins a new one: what a model's own
+        hooks would move there is moved by the module that stands in its place.
+        """
+        return x.to(self.stored_K.device)
+
     def _members_of(self, x: Tensor) -> int:
         """K, after checking that the rows of x can be dealt to the members.
 

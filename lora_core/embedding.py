@@ -78,7 +78,7 @@ class BankedEmbedding(BankedLayer):
         Raises:
             ValueError: the leading dimension is not a multiple of K.
         """
-        members, base = self._members_of(ids), self.base
+        members, ids, base = self._members_of(ids), self._brought_here(ids), self.base
         assert isinstance(base, nn.Embedding)
         dtype = autocast_dtype(ids.device.type) or base.weight.dtype
         delta_KMO: Tensor = _LookedUpProduct.apply(  # type: ignore[no-untyped-call]

@@ -127,7 +127,7 @@ class BankedHead(BankedModule):
         Raises:
             ValueError: the leading dimension is not a multiple of K.
         """
-        members = self._members_of(x)
+        members, x = self._members_of(x), self._brought_here(x)
         # Ids that an embedding looks up stay as they are.
         dtype = self._computes_in(x if x.is_floating_point() else next(self.base.parameters()))
         x_KN = (x.to(dtype) if x.is_floating_point() else x).reshape(members, -1, *x.shape[1:])

@@ -175,7 +175,7 @@ class BankedLinear(BankedLayer):
         Raises:
             ValueError: the leading dimension is not a multiple of K.
         """
-        members = self._members_of(x)
+        members, x = self._members_of(x), self._brought_here(x)
         dtype = self._computes_in(x)
         bias = self.bias
         x_KMI = x.to(dtype).reshape(members, -1, x.shape[-1])

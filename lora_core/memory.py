@@ -57,8 +57,8 @@ def measure_member(
     """Trains one member on one batch, evaluates it on the same, and counts.
 
     Args:
-        bank: of one member, of the pack's largest rank. The frozen model's own parameters and buffers are not counted;
-            it may be on the meta device.
+        bank: of one member, of the pack's largest rank; on several devices all of them are counted together. The
+            frozen model's own parameters and buffers are not counted; it may be on the meta device.
         losses_K: of one batch [1], with the graph to the member's weights.
         optimizer_states: tensors of a weight's size that the optimizer keeps for it (`OptimizerLaw.states_with`).
         most_rows: rows that a member brings to a layer at most, in training or in evaluation; what was counted for
@@ -68,7 +68,8 @@ def measure_member(
     Raises:
         NotImplementedError, RuntimeError: on the meta device, a model that looks at values.
     """
-    fixed = bank.params_KP.nbytes + bank.grads_KP.nbytes
+    weights = sum(storage.params_KP.nbytes for storage in bank.storages)
+    fixed = 2 * weights  # and as many gradients
     rows = _Rows(bank)
 
     def train() -> None:
@@ -85,7 +86,7 @@ def measure_member(
     scale = max(1.0, most_rows / max(1, rows.close()))
     return MemberBytes(
         fixed=fixed,
-        optimizer=optimizer_states * bank.params_KP.nbytes,
+        optimizer=optimizer_states * weights,
         training=fixed + round(training * (1.0 if widest else scale)),
         evaluation=fixed + round(evaluation * scale),
     )

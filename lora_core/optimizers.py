@@ -9,7 +9,8 @@
 An optimizer that works element by element need not know where one layer ends and the next begins: each member's row
 goes to torch.optim as one tensor, its padding with gradient 0, or as several, where A, B, DoRA's magnitudes and heads
 have settings of their own. One that works on whole matrices (Muon) gets each layer's A [R, I] and B [O, R], as a stock
-trainer would give them. Each tensor has a parameter group of its own.
+trainer would give them. Each tensor has a parameter group of its own, and so each group one device: what a bank has
+on several devices is as many stretches, each beside its weights.
 
 The clip is min(1, clip / norm) with nothing added to the norm: torch.nn.utils adds 1e-6, an absolute constant that no
 gauge scales, so it would break the law.
@@ -18,7 +19,7 @@ gauge scales, so it would break the law.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from lora_core.adapter import LoraBank, Slot
 from lora_core.gauge import FactorSettings, Point
 from lora_core.laws import Kernel, law_of
+from lora_core.storage import Storage
 
 
 class OptimizerKind(Protocol):
@@ -189,17 +191,24 @@ class PackOptimizer:
 
     @torch.no_grad()
     def clip(self) -> Tensor:
-        """Clips each member's gradient to its own norm and returns the norms before that, [K], on the bank's device.
+        """Clips each member's gradient to its own norm and returns the norms before that, [K], on the device of the
+        bank's first storage.
 
-        The norm is over A and B of all layers, and not over DoRA's magnitudes or heads, whose gradients no gauge moves.
-        A norm of zero is left alone.
+        The norm is over A and B of all layers on all devices, and not over DoRA's magnitudes or heads, whose gradients
+        no gauge moves. A norm of zero is left alone.
         """
-        grads_KP = self.bank.grads_KP[:, : self.bank.magnitudes]
-        norms_K: Tensor = torch.linalg.vector_norm(grads_KP, dim=1)
+        norms_K = norms_of_rows([storage.clipped_KP for storage in self.bank.storages])
         if self._clip_K is not None:
             # clip / 0 is infinite and so becomes 1.
-            grads_KP.mul_((self._clip_K / norms_K).clamp(max=1.0)[:, None])
+            factors_K1 = (self._clip_K / norms_K).clamp(max=1.0)[:, None]
+            for storage in self.bank.storages:
+                storage.clipped_KP.mul_(factors_K1.to(storage.device))
         return norms_K
+
+    @torch.no_grad()
+    def norms_outside_clip(self) -> Tensor:
+        """Returns the norms of what `clip` leaves alone, magnitudes and heads, [K], on the same device."""
+        return norms_of_rows([storage.unclipped_KP for storage in self.bank.storages])
 
     def step(self, lr_factor: float) -> None:
         """One step of every member that is not frozen, with lr_factor times its learning rates."""
@@ -265,12 +274,13 @@ def _views(bank: LoraBank, *, matrices: bool) -> Iterator[_View]:
             "another one"
         )
     for k, member in enumerate(bank.members):
-        yield from _matrices(bank, k) if matrices else _stretches(bank, k, member.point)
+        for storage in bank.storages:
+            yield from (_matrices if matrices else _stretches)(storage, k, member.point)
 
 
-def _stretches(bank: LoraBank, k: int, point: Point) -> Iterator[_View]:
+def _stretches(storage: Storage, k: int, point: Point) -> Iterator[_View]:
     """A and B together where their settings are the same, else apart; magnitudes and heads always apart."""
-    ends = (0, bank.split, bank.magnitudes, bank.head_start, bank.params_KP.shape[1])
+    ends = (0, storage.split, storage.magnitudes, storage.head_start, storage.params_KP.shape[1])
     stretches: list[tuple[int, int, tuple[str, ...], FactorSettings]]
     if point.a == point.b:
         stretches = [(ends[0], ends[2], ("lora_A", "lora_B"), point.a)]
@@ -281,14 +291,15 @@ def _stretches(bank: LoraBank, k: int, point: Point) -> Iterator[_View]:
     if point.head is not None:
         stretches.append((ends[3], ends[4], ("head",), point.head))
     for start, stop, factors, settings in stretches:
-        slots = tuple(slot for slot in bank.slots if slot.factor in factors)
-        yield k, _parameter(bank.params_KP[k, start:stop], bank.grads_KP[k, start:stop]), slots, start, settings
+        slots = tuple(slot for slot in storage.slots if slot.factor in factors)
+        if slots:  # a device may have a head alone, or layers alone
+            param = _parameter(storage.params_KP[k, start:stop], storage.grads_KP[k, start:stop])
+            yield k, param, slots, start, settings
 
 
-def _matrices(bank: LoraBank, k: int) -> Iterator[_View]:
-    point = bank.members[k].point
-    for slot in bank.slots:
-        weight, grad = (slot.of_member(stack_KP[k], point.rank) for stack_KP in (bank.params_KP, bank.grads_KP))
+def _matrices(storage: Storage, k: int, point: Point) -> Iterator[_View]:
+    for slot in storage.slots:
+        weight, grad = (slot.of_member(stack_KP[k], point.rank) for stack_KP in (storage.params_KP, storage.grads_KP))
         if slot.factor == "lora_B":  # stored as [R, O]; the rest of the world has [O, R], and Muon sees the difference
             weight, grad = weight.mT, grad.mT
         yield k, _parameter(weight, grad), (slot,), None, point.a if slot.factor == "lora_A" else point.b
@@ -322,7 +333,18 @@ def _clip_norms(bank: LoraBank) -> Tensor | None:
             raise ValueError(f"clip_norm must be positive; found {norm!r} for member {k}: use null for no clipping")
     if all(math.isinf(norm) for norm in norms):
         return None
-    return torch.tensor(norms, dtype=bank.grads_KP.dtype, device=bank.grads_KP.device)
+    grads_KP = bank.storages[0].grads_KP
+    return torch.tensor(norms, dtype=grads_KP.dtype, device=grads_KP.device)
+
+
+def norms_of_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The norms of members' rows, each of which is in one part a device, on the first one's device."""
+    norms: list[Tensor] = [torch.linalg.vector_norm(part_KP, dim=1) for part_KP in parts]
+    if len(norms) == 1:
+        return norms[0]
+    # Put together in the parts' order whichever device is done first, so that a run repeats itself.
+    whole_K: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), dim=0)
+    return whole_K
 
 
 def _assemble(entry: str, part: _Part, rank: int, tensors: dict[str, Tensor]) -> Tensor:

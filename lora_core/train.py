@@ -201,15 +201,22 @@ def _accumulate(bank: LoraBank, losses_K: Callable[[int], Tensor], batches: rang
 
 def _step(optimizer: PackOptimizer, losses: Tensor, step: int, schedule: Schedule) -> StepRecord:
     """Clips, freezes who has diverged, and steps, with the gradients in the bank and the losses [K] in float64."""
-    norms = optimizer.clip()
-    # What is outside of the clip counts too: magnitudes and heads.
-    outside = torch.linalg.vector_norm(optimizer.bank.grads_KP[:, optimizer.bank.magnitudes :], dim=1)
+    seen_2K = losses_and_norms(optimizer, losses)
     before = optimizer.frozen
     # The one time a step that the host waits for the device.
-    losses_host, norms_host = torch.stack([losses, (norms + outside).double()]).tolist()
+    losses_host, norms_host = seen_2K.tolist()
     for k, (loss, norm) in enumerate(zip(losses_host, norms_host, strict=True)):
         if k not in before and not (math.isfinite(loss) and math.isfinite(norm)):
             optimizer.freeze(k)
     optimizer.step(schedule.factor(step))
     shown = tuple(math.nan if k in before else loss for k, loss in enumerate(losses_host))
     return StepRecord(step + 1, shown, optimizer.frozen)
+
+
+def losses_and_norms(optimizer: PackOptimizer, losses: Tensor) -> Tensor:
+    """Clips, and returns what tells whether a member diverges: its loss and its gradient's norm, [2, K], float64."""
+    norms = optimizer.clip()
+    # What is outside of the clip counts too: magnitudes and heads.
+    outside = optimizer.norms_outside_clip()
+    # The losses are where the model ends, the norms where its first target layer is.
+    return torch.stack([losses.to(norms.device), (norms + outside).double()])

@@ -107,6 +107,7 @@ def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: boo
     member = preflight.member_bytes(spec, reduction, fit)
     most = preflight.most_members(spec, fit, member)
     plan = make_plan(spec, reduction, workers=workers or fit.workers, most_members=most)
+    plan = plan.with_warning(preflight.why_one_gpu(fit))
     if member is not None:
         plan = plan.with_memory(base_bytes(fit.task.model), member.total)
     if not timed:

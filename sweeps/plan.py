@@ -80,6 +80,10 @@ class Plan(BaseModel):
         """The plan with the bytes of the base model and of each member."""
         return self.model_copy(update={"base_bytes": base_bytes, "member_bytes": member_bytes})
 
+    def with_warning(self, text: str) -> Plan:
+        """The plan with one warning more; as it is where there is none."""
+        return self.model_copy(update={"warnings": (*self.warnings, text)}) if text else self
+
     def without_time(self, reason: str) -> Plan:
         """The plan with the reason why its time is not known."""
         return self.model_copy(update={"untimed": reason})

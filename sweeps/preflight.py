@@ -29,8 +29,9 @@ from sweeps.reduction import Reduction
 from sweeps.space import Configuration
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.task_faults import not_packable, targets_of
-from sweeps.tasks import Task, base_bytes, load_task
+from sweeps.tasks import Task, base_bytes, load_task, most_on_one_gpu
 from sweeps.tasks.compiled import check_compiler
+from sweeps.tasks.spread import gpus_of
 
 _TIMED_LR = 1e-6
 """Small enough for any model to stay finite; what a step costs does not depend on it."""
@@ -63,6 +64,8 @@ class Preflight:
         memory_bytes: a worker's share of this machine's memory; None where the workers must be on others.
         step_flops: of one member, nearly.
         too_large: why the weights were not loaded; empty where they were.
+        gpus: how many of this machine's GPUs a worker spreads the model over; 1 also where it trains on none.
+        most_bytes: of the base model on that one of them which has the most of it.
     """
 
     task: Task
@@ -72,6 +75,8 @@ class Preflight:
     memory_bytes: int | None
     step_flops: int
     too_large: str
+    gpus: int = 1
+    most_bytes: int = 0
 
 
 def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whole: bool = True) -> Preflight:
@@ -105,11 +110,14 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whol
         flops = _step_flops(spec, task)
         long = size is not None and device.type == "cpu" and not too_large and flops > _MOST_FLOPS
         outline = load_task(spec, cache=cache, device=meta) if long else task
+        gpus = gpus_of(spec, device)
+        model_bytes = memory.base_bytes(task.model)
+        most_bytes = model_bytes if gpus == 1 else most_on_one_gpu(task.model, [share // gpus] * gpus)
     except TaskError as error:
         raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
     elsewhere = device.type == "cpu" and size is not None and (size > share or _asks_for_gpus(spec))
     layers = {name: (layer.in_features, layer.out_features) for name, layer in targets.items()}
-    return Preflight(task, outline, layers, workers, None if elsewhere else share, flops, too_large)
+    return Preflight(task, outline, layers, workers, None if elsewhere else share, flops, too_large, gpus, most_bytes)
 
 
 def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
@@ -180,10 +188,27 @@ def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | N
         return 1
     if fit.memory_bytes is None or member is None:
         return None
-    base = memory.base_bytes(fit.task.model)
+    if fit.gpus > 1 and spec.compute.pack != "auto":
+        return None  # a bound that is too low must not refuse what the user asks for
     # On a CPU workers keep what they free (`keep_freed_memory`), and with it the gaps between.
     reserve = _RESERVE if next(fit.task.model.parameters()).device.type == "cuda" else _RESERVE_ON_CPU
-    return max(1, memory.pack_limit(fit.memory_bytes, base_bytes=base, member=member, reserve=reserve))
+    # Of several GPUs the one with most of the base counts, and each member as if all of it were there: no pack that
+    # fits so can be too large, and one of up to so many times more members as there are GPUs may fit.
+    share = fit.memory_bytes // fit.gpus
+    return max(1, memory.pack_limit(share, base_bytes=fit.most_bytes, member=member, reserve=reserve))
+
+
+def why_one_gpu(fit: Preflight) -> str:
+    """Why workers of one GPU would do better than such of several; empty where they would not, or nobody knows."""
+    if fit.gpus == 1 or fit.memory_bytes is None:
+        return ""
+    size, share = memory.base_bytes(fit.task.model), fit.memory_bytes // fit.gpus
+    if size > _MOST_LOADED * share:
+        return ""
+    return (
+        f"the base model takes {_gb(size)} and fits on one GPU of {_gb(share)} with room for members: GPUs that "
+        "share a model compute in turn, so compute.gpus_per_worker: 1 would train packs on all of them at once"
+    )
 
 
 def member_bytes(spec: SweepSpec, reduction: Reduction, fit: Preflight) -> memory.MemberBytes | None:
@@ -225,6 +250,8 @@ def _memory_bytes(spec: SweepSpec, workers: int, device: torch.device) -> int:
     """A worker's share of what a device has, before anything is loaded."""
     if device.type == "cuda":
         share = spec.compute.gpus_per_worker
+        if (gpus := gpus_of(spec, device)) > 1:
+            return gpus * min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus))
         free, _ = torch.cuda.mem_get_info()
         return int(free * (1.0 if share == "auto" else min(1.0, share)))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -250,7 +277,9 @@ def local_workers(spec: SweepSpec) -> int:
 
 
 def _trains_on_gpu(spec: SweepSpec) -> bool:
-    return torch.cuda.is_available() and spec.compute.gpus_per_worker != 0
+    share = spec.compute.gpus_per_worker
+    # A machine with fewer GPUs than a worker has none that a worker could be on.
+    return torch.cuda.is_available() and share != 0 and (share == "auto" or torch.cuda.device_count() >= share)
 
 
 def _asks_for_gpus(spec: SweepSpec) -> bool:

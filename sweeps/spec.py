@@ -42,6 +42,7 @@ from sweeps.spec_tasks import (
     CausalLmTask,
     DigitsTask,
     InDirectory,
+    ModelTask,
     PythonTask,
     SequenceClassificationTask,
     Task,
@@ -186,6 +187,13 @@ class SweepSpec(Section):
             raise refusal(mistakes)
         return search
 
+    @field_validator("compute")
+    @classmethod
+    def _has_gpus_for_its_task(cls, compute: ComputeSpec, read: ValidationInfo) -> ComputeSpec:
+        if "task" in read.data and (mistakes := _gpu_mistakes(compute, read.data["task"])):
+            raise refusal(mistakes)
+        return compute
+
     @field_validator("certify")
     @classmethod
     def _ends_with_training(cls, certify: CertifySpec, read: ValidationInfo) -> CertifySpec:
@@ -201,6 +209,22 @@ def _as_written(parameter: Choice | Range) -> str:
     if isinstance(parameter, Range):
         return f"{{min: {parameter.min:g}, max: {parameter.max:g}}}"
     return f"{parameter.values[0]:g}" if parameter.constant else f"{{values: {list(parameter.values)}}}"
+
+
+def _gpu_mistakes(compute: ComputeSpec, task: Task) -> list[Mistake]:
+    """What does not go with several GPUs a worker, over which a model is spread layer by layer."""
+    gpus = compute.gpus_per_worker
+    if gpus == "auto" or gpus <= 1:
+        return []
+    if not isinstance(task, ModelTask):
+        required = f"at most 1, for the model of a {task.type} task is not spread over several GPUs"
+        way_out = "the others would be idle: leave it out, and each GPU has a worker of its own"
+        return [Mistake(("gpus_per_worker",), required, f"{gpus:g}", way_out)]
+    if task.torch_compile:
+        required = "false with several GPUs a worker, for a graph breaks wherever activations may change GPUs"
+        way_out = "set it to false, or compute.gpus_per_worker to 1"
+        return [Mistake(("task", "torch_compile"), required, "true", way_out, absolute=True)]
+    return []
 
 
 def _magnitude_mistakes(train: TrainSpec, lora: LoraSpec) -> list[Mistake]:

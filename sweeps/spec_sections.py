@@ -371,7 +371,9 @@ class ComputeSpec(Section):
     gpus_per_worker: Annotated[
         Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], in_one("a number of at least 0, or auto")
     ] = "auto"
-    """GPUs of one worker; fractions share one."""
+    """GPUs of one worker; fractions share one. More than one spread a model of transformers over them, layer by layer,
+    for a model that one GPU does not hold: they compute in turn, so that a model which fits on one trains faster with a
+    worker for each GPU. Written and tested without GPUs: no run on several has been seen yet."""
     pack: PackOrAuto = "auto"
     """Trials that one worker trains at once, at most 4096 and no more than its memory holds."""
 

@@ -208,7 +208,7 @@ class ModelTask(Section):
     """Compute each layer twice in place of keeping what its backward pass needs: less memory, about a third slower."""
     torch_compile: Flag = False
     """Compile the model, but for its adapters, with torch.compile: takes a worker up to some minutes at its start. Not
-    together with gradient_checkpointing."""
+    together with gradient_checkpointing, nor with compute.gpus_per_worker above 1."""
 
     @model_validator(mode="after")
     def _compiles_what_can_be(self) -> Self:

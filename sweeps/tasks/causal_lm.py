@@ -32,6 +32,7 @@ from sweeps.tasks.pretrained import (
     vocabulary,
 )
 from sweeps.tasks.samples import load_samples
+from sweeps.tasks.spread import device_of_answers
 from sweeps.tasks.tokens import Batch, Rows, Tokens, tokenise
 from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, within
 
@@ -52,12 +53,15 @@ class CausalLmTask:
         self._positions = positions
         self._train = train
         self._held_out = held_out
-        self._device = next(model.parameters()).device
+        ends = getattr(model, "get_output_embeddings", None)
+        self._device = device_of_answers(model, ends() if ends else None)
         self.lengths_S = train.widths_R
         """Tokens of each row of the training set [n_samples], padding not counted."""
 
     @classmethod
-    def load(cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype) -> CausalLmTask:
+    def load(
+        cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype, gpus: int = 1
+    ) -> CausalLmTask:
         """Loads the data, which is quicker to be found wanting, and then the model; see `load_causal_lm`.
 
         Raises:
@@ -72,7 +76,7 @@ class CausalLmTask:
             _fitting(tokenise(each, tokenizer, completion_only=only, cache=cache), section, most)
             for each in (train, held_out)
         ]
-        model = load_causal_lm(section, device=device, dtype=dtype)
+        model = load_causal_lm(section, device=device, dtype=dtype, gpus=gpus)
         check_vocabulary(model, max(int(each.ids_T.max()) for each in tokens))
         if section.packing:
             tried = small_causal_lm(section) if device.type == "meta" else model

@@ -20,7 +20,17 @@ from lora_core.heads import find_heads, is_called
 from lora_core.targets import heads_of
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import SequenceClassificationTask as Section
-from sweeps.tasks.pretrained import CLASSIFIER, frozen, is_layer, load_model, outline, silence
+from sweeps.tasks.pretrained import (
+    CLASSIFIER,
+    device_map,
+    frozen,
+    is_layer,
+    load_model,
+    outline,
+    silence,
+    without_weights,
+)
+from sweeps.tasks.spread import free_bytes
 
 
 def own_classes(config: Any) -> tuple[str, ...] | None:
@@ -53,7 +63,7 @@ def set_up(config: Any, names: Collection[str], tokenizer: Any) -> int:
 
 
 def load_classifier(
-    section: Section, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int
+    section: Section, config: Any, *, device: torch.device, dtype: torch.dtype, seed: int, gpus: int = 1
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Loads a model with a head for the classes of its config, frozen and without dropout; on the meta device its
     structure alone.
@@ -64,6 +74,7 @@ def load_classifier(
         device: where it is put.
         dtype: what it computes in.
         seed: decides what of the head the checkpoint does not have.
+        gpus: how many it is spread over.
 
     Returns:
         The model, and the full names of the modules that are its head.
@@ -77,7 +88,9 @@ def load_classifier(
     # transformers draws what is missing from the global generator, and drawing it anew needs that too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        more = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        more: dict[str, Any] = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        if gpus > 1:
+            more["device_map"] = device_map(without_weights(config, CLASSIFIER, dtype=dtype), free_bytes(gpus))
         with silence():  # what it would warn of is looked at here
             model, info = load_model(section, CLASSIFIER, dtype=dtype, **more)
         # Of another size than the checkpoint's, which is a head for other classes, or not in it at all.
@@ -87,7 +100,7 @@ def load_classifier(
         torch.default_generator.manual_seed(seed)
         for name in heads:
             _draw(model, name, absent)
-    return frozen(model, section, device), heads
+    return frozen(model, section, None if gpus > 1 else device), heads
 
 
 def _heads(model: nn.Module, section: Section, absent: Iterable[str]) -> tuple[str, ...]:
@@ -132,7 +145,7 @@ def _parts(model: nn.Module, keys: Iterable[str]) -> list[str]:
 def _draw(model: Any, name: str, absent: Collection[str]) -> None:
     """Draws the weights of a module that the checkpoint does not have, as the model's own rule says."""
     head = model.get_submodule(name)
-    fresh = deepcopy(head).float()
+    fresh = deepcopy(head).float().cpu()  # wherever it is: a GPU would draw from a generator of its own
     for parameter in fresh.parameters():
         vars(parameter).pop("_is_hf_initialized", None)  # by which transformers leaves out what it has initialised
     for module in fresh.modules():

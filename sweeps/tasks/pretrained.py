@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sweeps.errors import TaskError
 from sweeps.spec_tasks import CausalLmTask, ModelTask
 from sweeps.tasks.hub import hub_reachable
+from sweeps.tasks.spread import free_bytes
 
 _Made = TypeVar("_Made")
 
@@ -57,8 +58,9 @@ CLASSIFIER = Kind(
 )
 
 
-def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Loads a model, frozen and without dropout; on the meta device its structure alone.
+def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.dtype, gpus: int = 1) -> nn.Module:
+    """Loads a model, frozen and without dropout; on the meta device its structure alone, on several GPUs spread over
+    them.
 
     Raises:
         TaskError: there is none, it cannot be loaded as it is, or it has not what the section asks for.
@@ -66,6 +68,9 @@ def load_causal_lm(section: CausalLmTask, *, device: torch.device, dtype: torch.
     config = load_config(section, CAUSAL_LM)
     if device.type == "meta":
         return frozen(outline(section, CAUSAL_LM, config, dtype=dtype), section, device)
+    if gpus > 1:
+        places = device_map(without_weights(config, CAUSAL_LM, dtype=dtype), free_bytes(gpus))
+        return frozen(load_model(section, CAUSAL_LM, dtype=dtype, device_map=places), section, None)
     return frozen(load_model(section, CAUSAL_LM, dtype=dtype), section, device)
 
 
@@ -82,7 +87,7 @@ def load_config(section: ModelTask, kind: Kind) -> Any:
 
 
 def load_model(section: ModelTask, kind: Kind, *, dtype: torch.dtype | Literal["auto"], **more: Any) -> Any:
-    """Loads a model as it is, on the CPU.
+    """Loads a model as it is, on the CPU unless told otherwise.
 
     Args:
         section: which one.
@@ -117,13 +122,43 @@ def _attended(section: ModelTask, kind: Kind, load: Callable[..., Any]) -> Any:
         raise TaskError("attention", "an attention that runs here", _first_line(error), "leave it at auto") from None
 
 
-def frozen(model: nn.Module, section: ModelTask, device: torch.device) -> nn.Module:
-    """Puts a model on a device, frozen and without dropout, its layers checkpointed if the section asks for it.
+def device_map(model: Any, memory_bytes: Sequence[int]) -> dict[str, int]:
+    """Which GPU each part of a model goes on: about as much on each, no layer in two.
+
+    transformers' own `balanced`, from the sizes of the weights alone, so that GPUs alike have about as much left for
+    members and activations: all but the last have up to one and a quarter of the largest part more than their share.
+
+    Args:
+        model: of transformers; it may be on the meta device.
+        memory_bytes: what each GPU has for weights.
+
+    Raises:
+        TaskError: they do not hold it.
+    """
+    from transformers.integrations.accelerate import get_balanced_memory, infer_auto_device_map
+
+    whole: set[str] = set(model._no_split_modules or ())
+    most = get_balanced_memory(model, dict(enumerate(memory_bytes)), whole)
+    places = infer_auto_device_map(model, max_memory=most, no_split_module_classes=whole)
+    if homeless := [name for name, place in places.items() if not isinstance(place, int)]:
+        required = f"a model that {len(memory_bytes)} GPUs hold, each with {min(memory_bytes) / 1e9:.1f} GB for it"
+        found = f"one of {total_bytes(model) / 1e9:.1f} GB, with no room for {homeless[0]}"
+        raise TaskError("model", required, found, "raise compute.gpus_per_worker, or train in half precision")
+    return {name: int(place) for name, place in places.items()}
+
+
+def frozen(model: nn.Module, section: ModelTask, device: torch.device | None) -> nn.Module:
+    """Makes a model frozen and without dropout, its layers checkpointed if the section asks for it.
+
+    Args:
+        model: of transformers.
+        section: which one.
+        device: where it is put; None for one that is where it belongs.
 
     Raises:
         TaskError: it has no layers that could be checkpointed.
     """
-    model = model.to(device).requires_grad_(False).eval()
+    model = (model if device is None else model.to(device)).requires_grad_(False).eval()
     if section.gradient_checkpointing:
         _checkpoint_layers(model)
     return model
@@ -169,6 +204,11 @@ def base_bytes(section: ModelTask, kind: Kind, dtype: torch.dtype) -> int:
     """
     make = partial(without_weights, load_config(section, kind), kind, dtype=dtype)
     model: nn.Module = _loaded(section.model, make, kind.words)
+    return total_bytes(model)
+
+
+def total_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -28,6 +28,7 @@ from sweeps.tasks.labelled import Batch, Labelled, tokenise_labelled
 from sweeps.tasks.labels import check_order, check_several, class_ids, class_names
 from sweeps.tasks.pretrained import CLASSIFIER, check_vocabulary, load_config, load_tokenizer, most_positions
 from sweeps.tasks.samples import load_samples
+from sweeps.tasks.spread import device_of_answers
 from sweeps.tasks.widths import BUCKET, chunks, most_rows, most_tokens, padded, within
 
 _EVAL_TOKENS = 2048
@@ -65,14 +66,14 @@ class SequenceClassificationTask:
         self._held_out = held_out
         self._padding = padding
         self._positions = positions
-        self._device = next(model.parameters()).device
+        self._device = device_of_answers(model, model.get_submodule(heads[-1]) if heads else None)
         # Others ignore the types that a tokenizer makes, or, as GPT-2, take them for tokens.
         self._has_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
         self._how = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
     @classmethod
     def load(
-        cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype, seed: int
+        cls, section: Section, *, cache: Path, device: torch.device, dtype: torch.dtype, seed: int, gpus: int = 1
     ) -> SequenceClassificationTask:
         """Loads the data, which is quicker to be found wanting, and then the model.
 
@@ -82,6 +83,7 @@ class SequenceClassificationTask:
             device: for the model.
             dtype: for the model.
             seed: decides what of the head the checkpoint does not have.
+            gpus: how many the model is spread over.
 
         Raises:
             TaskError: the model or the data do not have what the section asks for.
@@ -105,7 +107,7 @@ class SequenceClassificationTask:
             tokens = tokenise_labelled(each, classes_S, tokenizer, most=cut, cache=cache)
             samples.append(tokens.take(within(tokens.lengths_S, section, most)))
         check_several(train, samples[0].classes_S, names)
-        model, heads = load_classifier(section, config, device=device, dtype=dtype, seed=seed)
+        model, heads = load_classifier(section, config, device=device, dtype=dtype, seed=seed, gpus=gpus)
         check_vocabulary(model, max(int(tokens.ids_T.max()) for tokens in samples))
         # By length, so that a batch has little padding.
         order = samples[1].lengths_S.argsort(stable=True).tolist()

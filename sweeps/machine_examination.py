@@ -52,7 +52,16 @@ def machine(
     driver: NodeFacts | None = None,
     in_ray: float | None = None,
 ) -> list[Check]:
-    """What is said of one machine, whichever it is."""
+    """What is said of one machine, whichever it is.
+
+    Args:
+        facts: of the machine.
+        node: what it is called.
+        needs: of the spec.
+        clustered: whether it is part of a cluster, or drives one.
+        driver: facts of the driver, which it is held to.
+        in_ray: the GPUs that Ray has of it; None for a machine that is no node.
+    """
     checks = [checkup.versions(facts, node, needs, driver)]
     trains = in_ray is not None or not clustered  # a driver beside a cluster trains nothing itself
     if trains:
@@ -68,6 +77,7 @@ def judged(
     found: tuple[SourceFacts, ...] | None,
     driver: tuple[SourceFacts, ...] | None = None,
 ) -> list[Check]:
+    """What is said of a spec's sources as one machine sees them, held to what the driver sees."""
     if found is None:
         return []
     others: tuple[SourceFacts | None, ...] = driver or (None,) * len(sources)
@@ -96,6 +106,7 @@ def place_for_checkpoints(home: Home) -> str:
 
 
 def quietly(ask: Callable[[], T]) -> T | None:
+    """What is asked for; None where it is refused."""
     try:
         return ask()
     except InputError:

@@ -21,8 +21,8 @@ import pytest
 
 from sweeps.ledger import Ledger
 from tests.postgres_support import postgresql
-from tests.support import command, environment, run_cli
-from tests.sweeps.mlflow_support import free_port, server
+from tests.support import command, environment, free_port, run_cli
+from tests.sweeps.mlflow_support import server
 
 _PATIENCE_S = 180
 

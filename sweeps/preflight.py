@@ -167,13 +167,16 @@ def _step_flops(spec: SweepSpec, task: Task) -> int:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | None) -> int | None:
+def most_members(
+    spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | None, *, on_gpu: bool | None = None
+) -> int | None:
     """The largest pack that a worker's memory holds, at least 1; None where that is not to be known from here.
 
     Args:
         spec: the spec.
         fit: what was found of it.
         member: see `member_bytes`.
+        on_gpu: whether the workers train on GPUs; None for where the task is here.
     """
     targets = find_targets(fit.task.model, spec.lora.target_modules, heads=heads_of_task(fit.task))
     if not_packable(fit.task, targets):
@@ -182,7 +185,9 @@ def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | N
         return None
     base = memory.base_bytes(fit.task.model)
     # On a CPU workers keep what they free (`keep_freed_memory`), and with it the gaps between.
-    reserve = _RESERVE if next(fit.task.model.parameters()).device.type == "cuda" else _RESERVE_ON_CPU
+    if on_gpu is None:
+        on_gpu = next(fit.task.model.parameters()).device.type == "cuda"
+    reserve = _RESERVE if on_gpu else _RESERVE_ON_CPU
     return max(1, memory.pack_limit(fit.memory_bytes, base_bytes=base, member=member, reserve=reserve))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
@@ -367,13 +368,21 @@ class ComputeSpec(Section):
     """What a sweep may use; auto: what there is."""
 
     workers: WorkersOrAuto = "auto"
-    """Jobs at the same time, at most 4096."""
+    """Jobs at the same time, at most 4096. auto: as many as there is room for, on nodes that can be added too."""
     gpus_per_worker: Annotated[
         Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], in_one("a number of at least 0, or auto")
     ] = "auto"
-    """GPUs of one worker; fractions share one."""
+    """GPUs of one worker; fractions share one, and its memory. auto: one where there are any."""
     pack: PackOrAuto = "auto"
     """Trials that one worker trains at once, at most 4096 and no more than its memory holds."""
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_whole_above_one(cls, gpus: float | str) -> float | str:
+        if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
+            required = "a whole number of GPUs, or a share of one"
+            raise refuse(required, gpus, f"Ray splits no GPU among workers that have others: write {math.ceil(gpus)}")
+        return gpus
 
 
 class TrackingSpec(Section):

@@ -16,8 +16,6 @@ from typing import Any
 _MOST_NODES = 4096
 """In place of no limit at all."""
 
-_ANSWER_S = 30
-
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -51,26 +49,6 @@ class Growth:
     most: int
 
 
-def growth(head: Any) -> Growth | None:
-    """What the connected cluster can grow to; None where it has no autoscaler, or one that cannot be asked.
-
-    Args:
-        head: the cluster's head, as `sweeps.nodes.Node`; None where it is not to be seen.
-    """
-    from sweeps.nodes import ask
-
-    published = _published()
-    if published is not None:
-        return published
-    if head is None:
-        return None
-    import ray
-
-    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
-    (answer,) = ask(configuration_here, port, nodes=[head], timeout_s=_ANSWER_S)
-    return None if answer.value is None else of_configuration(answer.value)
-
-
 def of_configuration(configuration: Mapping[str, Any]) -> Growth:
     """Reads the configuration of an autoscaler, as Ray's cluster launcher has it."""
     overall = int(configuration.get("max_workers", _MOST_NODES))
@@ -84,8 +62,8 @@ def of_configuration(configuration: Mapping[str, Any]) -> Growth:
     return Growth(tuple(types), overall)
 
 
-def _published() -> Growth | None:
-    """What an autoscaler has published."""
+def published() -> Growth | None:
+    """What an autoscaler has published of itself; None where none has."""
     import ray
 
     config = ray._private.state.state.get_cluster_config()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sweeps.autoscaling import Growth, NodeType, growth
+from sweeps.autoscaling import Growth, NodeType, configuration_here, of_configuration, published
 from sweeps.errors import ClusterError
 from sweeps.node_memory import Memory, memory_here
 
@@ -207,7 +207,19 @@ class Cluster:
 def look() -> Cluster:
     """The connected cluster as it is now."""
     nodes = tuple(living_nodes())
-    return Cluster(nodes, growth(next((node for node in nodes if node.is_head), None)))
+    return Cluster(nodes, _growth([node for node in nodes if node.is_head]))
+
+
+def _growth(heads: list[Node]) -> Growth | None:
+    """What the autoscaler may add, as it says itself or as its configuration does, which the head has."""
+    import ray
+
+    growth = published()
+    if growth is not None or not heads:
+        return growth
+    port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+    (answer,) = ask(configuration_here, port, nodes=heads)
+    return None if answer.value is None else of_configuration(answer.value)
 
 
 def worker_bytes(cluster: Cluster, resources: Resources, workers: int) -> int | None:

@@ -381,7 +381,9 @@ class ComputeSpec(Section):
     def _is_whole_above_one(cls, gpus: float | str) -> float | str:
         if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
             required = "a whole number of GPUs, or a share of one"
-            raise refuse(required, gpus, f"Ray splits no GPU among workers that have others: write {math.ceil(gpus)}")
+            raise refuse(
+                required, gpus, f"Ray splits no GPU among workers that have others: write {math.ceil(gpus)} or 1"
+            )
         return gpus
 
 

@@ -267,7 +267,9 @@ def check_shared(directory: Path) -> None:
         answers = ask(os.path.exists, str(probe))
     finally:
         probe.unlink()
-    blind = [answer.node.address for answer in answers if not answer.value]
+    # A node that went meanwhile, or is about to, will see nothing of the sweep either.
+    living = {node.id for node in living_nodes()}
+    blind = [answer.node.address for answer in answers if not answer.value and answer.node.id in living]
     if blind:
         raise ClusterError(
             f"the state directory must be seen from every node, because checkpoints lie in it; {directory} is not seen "

@@ -237,21 +237,29 @@ def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
     import ray
 
     died = "the worker's process ended before its job did"
-    error = None if trial is None else trial.get_pickled_error()
+    error = None if trial is None else _error_of(trial)
     if not isinstance(error, ray.exceptions.RayActorError):
         return "worker_died", died
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "node_lost", "the node of the worker could not be reached any more"
-    actor = trial.temporary_state.ray_actor
-    node = (
-        ray._private.state.actors(actor._actor_id.hex()).get("Address", {}).get("NodeID", "")
-        if actor is not None
-        else ""
-    )
+    known = ray._private.state.actors(error.actor_id) if error.actor_id else {}
+    node = known.get("Address", {}).get("NodeID", "")
     if error.preempted or _NODE_DIED in str(error) or (node and not is_alive(node)):
         taken = "was taken away (preempted)" if error.preempted else "vanished"
         return "node_lost", f"the node of the worker {taken} before the job was done"
     return "worker_died", died
+
+
+def _error_of(trial: Any) -> BaseException | None:
+    """Reads the error that Tune, in this process, has just kept of a trial; its own way finds it only later."""
+    import ray
+
+    try:
+        with open(trial.pickled_error_file, "rb") as file:
+            error = ray.cloudpickle.load(file)
+    except (OSError, TypeError):  # none was kept, and so has no name
+        return None
+    return error if isinstance(error, BaseException) else None
 
 
 @contextlib.contextmanager

@@ -47,6 +47,10 @@ class Node:
     gpus: float
     is_head: bool = False
 
+    def room(self, resources: Resources) -> int:
+        """How many workers it has room for."""
+        return room(self, resources)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:

@@ -32,6 +32,8 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _NODE_DIED = "node has died"
 """What Ray's error of a lost actor says where it is the node that died (`gcs_actor_manager.cc`)."""
 
+_NODE_SAYS_S = 2
+
 _QUIET = {
     # Read by Ray when it is first imported, and inherited by the processes it starts.
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -241,13 +243,24 @@ def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
     if not isinstance(error, ray.exceptions.RayActorError):
         return "worker_died", died
     if isinstance(error, ray.exceptions.ActorUnavailableError):
-        return "node_lost", "the node of the worker could not be reached any more"
-    known = ray._private.state.actors(error.actor_id) if error.actor_id else {}
-    node = known.get("Address", {}).get("NodeID", "")
+        # The line to it was cut: where its node lives, that says within a moment that its process is dead.
+        deadline_s = time.monotonic() + _NODE_SAYS_S
+        while (actor := _actor(error)).get("State") != "DEAD" and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        if actor.get("State") != "DEAD":
+            return "node_lost", "the node of the worker could not be reached any more"
+    node = _actor(error).get("Address", {}).get("NodeID", "")
     if error.preempted or _NODE_DIED in str(error) or (node and not is_alive(node)):
         taken = "was taken away (preempted)" if error.preempted else "vanished"
         return "node_lost", f"the node of the worker {taken} before the job was done"
     return "worker_died", died
+
+
+def _actor(error: Any) -> dict[str, Any]:
+    """What the cluster knows of the actor that an error is about."""
+    import ray
+
+    return dict(ray._private.state.actors(error.actor_id)) if error.actor_id else {}
 
 
 def _error_of(trial: Any) -> BaseException | None:

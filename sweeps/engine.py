@@ -24,15 +24,13 @@ from typing import Any, Protocol
 
 from sweeps.errors import ClusterError
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult
-from sweeps.nodes import Resources, is_alive
+from sweeps.nodes import Resources, answers
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 _NODE_DIED = "node has died"
 """What Ray's error of a lost actor says where it is the node that died (`gcs_actor_manager.cc`)."""
-
-_NODE_SAYS_S = 2
 
 _QUIET = {
     # Read by Ray when it is first imported, and inherited by the processes it starts.
@@ -242,15 +240,8 @@ def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
     error = None if trial is None else _error_of(trial)
     if not isinstance(error, ray.exceptions.RayActorError):
         return "worker_died", died
-    if isinstance(error, ray.exceptions.ActorUnavailableError):
-        # The line to it was cut: where its node lives, that says within a moment that its process is dead.
-        deadline_s = time.monotonic() + _NODE_SAYS_S
-        while (actor := _actor(error)).get("State") != "DEAD" and time.monotonic() < deadline_s:
-            time.sleep(0.1)
-        if actor.get("State") != "DEAD":
-            return "node_lost", "the node of the worker could not be reached any more"
     node = _actor(error).get("Address", {}).get("NodeID", "")
-    if error.preempted or _NODE_DIED in str(error) or (node and not is_alive(node)):
+    if error.preempted or _NODE_DIED in str(error) or (node and not answers(node)):
         taken = "was taken away (preempted)" if error.preempted else "vanished"
         return "node_lost", f"the node of the worker {taken} before the job was done"
     return "worker_died", died

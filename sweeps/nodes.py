@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,12 @@ from sweeps.node_memory import Memory, memory_here
 
 _ANSWER_S = 60
 """How long a node has to answer: it may have to start a process, and load torch in it."""
+
+
+_DYING_S = 1
+"""A node that goes takes its workers along, which may be noticed first."""
+
+_REACH_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +102,20 @@ def living_nodes() -> list[Node]:
     ]
 
 
-def is_alive(node: str) -> bool:
-    """Whether the cluster has a living node of this id."""
-    return any(living.id == node for living in living_nodes())
+def answers(node: str) -> bool:
+    """Whether the node of this id is there. Ray itself notices only after a while that one is not."""
+    import ray
+
+    time.sleep(_DYING_S)
+    for known in ray.nodes():
+        if known["NodeID"] == node and known["Alive"]:
+            try:
+                address = known["NodeManagerAddress"], known["NodeManagerPort"]
+                socket.create_connection(address, timeout=_REACH_S).close()
+            except OSError:
+                return False
+            return True
+    return False
 
 
 def ask(

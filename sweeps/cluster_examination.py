@@ -97,13 +97,14 @@ class Cluster:
     def _room(self) -> tuple[nodes.Resources, Check]:
         """What a worker takes, and whether it fits anywhere."""
         compute = None if self.document is None else self.document.spec.compute
-        resources = nodes.resources("auto" if compute is None else compute.gpus_per_worker)
+        cluster = nodes.look()
+        resources = cluster.resources("auto" if compute is None else compute.gpus_per_worker)
         takes = f"{resources.cpus:g} CPU and {resources.gpus:g} GPUs"
         try:
-            nodes.check_fits(resources)
+            cluster.check_fits(resources)
         except InputError as error:
             return resources, checkup.refused("workers", error)
-        room = nodes.cluster_workers(resources)
+        room = cluster.workers(resources)
         if compute is not None and compute.workers != "auto" and compute.workers > room:
             found = f"room for {room} that take {takes} each; the spec wants {compute.workers}"
             return resources, Check("workers", "warning", found, "add nodes, or write workers: auto")

@@ -77,7 +77,27 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None, timed: bool = False) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What each worker of a cluster has.
+
+    Attributes:
+        memory_bytes: at least, all its GPUs' together; None where no node could say.
+        gpus: a share of one, or whole ones; 0 where it trains on CPUs.
+    """
+
+    memory_bytes: int | None
+    gpus: float
+
+
+def plan_sweep(
+    document: SpecDocument,
+    home: Home,
+    *,
+    workers: int | None = None,
+    timed: bool = False,
+    place: Elsewhere | None = None,
+) -> Plan:
     """Plans a sweep on this machine.
 
     Args:
@@ -85,6 +105,7 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
         home: for what the task keeps.
         workers: jobs at once; None for what this machine can do.
         timed: whether a few steps are run to estimate the time.
+        place: what the workers have, where they are not on this machine.
 
     Raises:
         SpecError: the model or the data cannot serve the spec.
@@ -92,12 +113,12 @@ def plan_sweep(document: SpecDocument, home: Home, *, workers: int | None = None
     from sweeps.training import let_go_of_memory  # loads torch, which lighter commands do without
 
     try:
-        return _plan_on(document, home, workers, timed)
+        return _plan_on(document, home, workers, timed, place)
     finally:
         let_go_of_memory()  # the workers may be on the same GPU
 
 
-def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: bool) -> Plan:
+def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: bool, place: Elsewhere | None) -> Plan:
     from lora_core.memory import base_bytes
     from sweeps import preflight
 
@@ -105,6 +126,8 @@ def _plan_on(document: SpecDocument, home: Home, workers: int | None, timed: boo
     spec, reduction = document.spec, Reduction.of(document.spec)
     fit = preflight.preflight(document, reduction, home.cache, whole=False)
     member = preflight.member_bytes(spec, reduction, fit)
+    if place is not None:
+        fit = preflight.on_cluster(document, fit, place.memory_bytes, place.gpus)
     most = preflight.most_members(spec, fit, member)
     plan = make_plan(spec, reduction, workers=workers or fit.workers, most_members=most)
     plan = plan.with_warning(preflight.why_one_gpu(fit))
@@ -157,10 +180,10 @@ def start(
         closing_killed(home, ledger),
         _cluster(home, address, plan.workers, progress, interrupts),
     ):
-        checkpoints = storage.configured_place() or ""
-        resources = _resources(spec, checkpoints or str(home.path))
+        checkpoints, found = storage.configured_place() or "", nodes.look()
+        resources = _resources(found, spec, checkpoints or str(home.path))
         if address is not None:
-            plan = plan_sweep(document, home, workers=_workers(spec, resources))
+            plan = _plan_for(found, resources, document, home)
         sweep = sweep or new_id(name or spec.name)
         created = SweepCreated(
             name=name or spec.name,
@@ -223,21 +246,26 @@ def resume(
                     with interrupts.held():
                         return driver.conclude()
                 with _cluster(home, address, record.plan.workers, progress, interrupts):
-                    resources = _resources(record.spec, record.created.checkpoints or str(home.path))
+                    checkpoints = record.created.checkpoints or str(home.path)
+                    resources = _resources(nodes.look(), record.spec, checkpoints)
                     return driver.drive(resources, resumed=record.driven, trials=trials)
 
 
-def _resources(spec: SweepSpec, checkpoints: str) -> nodes.Resources:
+def _resources(found: nodes.Cluster, spec: SweepSpec, checkpoints: str) -> nodes.Resources:
     """What a worker takes of the connected cluster, which must have it, and see the checkpoints from all its nodes."""
-    resources = nodes.resources(spec.compute.gpus_per_worker)
-    nodes.check_fits(resources)
+    resources = found.resources(spec.compute.gpus_per_worker)
+    found.check_fits(resources)
     nodes.check_storage(checkpoints)
     return resources
 
 
-def _workers(spec: SweepSpec, resources: nodes.Resources) -> int:
-    room = nodes.cluster_workers(resources)
-    return room if spec.compute.workers == "auto" else min(spec.compute.workers, room)
+def _plan_for(found: nodes.Cluster, resources: nodes.Resources, document: SpecDocument, home: Home) -> Plan:
+    """The plan for the connected cluster, whose nodes may have other memory than this machine."""
+    workers = found.workers(resources, document.spec.compute.workers)
+    place = Elsewhere(nodes.worker_bytes(found, resources, workers), resources.gpus)
+    plan = plan_sweep(document, home, workers=workers, place=place)
+    unused = found.unused(resources) if document.spec.compute.gpus_per_worker == "auto" else ""
+    return plan.with_warning(unused)
 
 
 class _Driver:
@@ -258,8 +286,9 @@ class _Driver:
         self._ledger = PatientLedger(ledger, say=progress.stage, hurried=lambda: interrupts.signal is not None)
         self._clock, self._progress, self._interrupts = clock, progress, interrupts
         self._training_began = self._certifying = False
-        experiment = read_sweep(self._ledger, sweep).created.experiment
-        self._writer = tracking.MlflowWriter(ledger, sweep, uri, experiment)
+        created = read_sweep(self._ledger, sweep).created
+        self._workers = Plan.model_validate(created.plan).workers
+        self._writer = tracking.MlflowWriter(ledger, sweep, uri, created.experiment)
 
     def drive(self, resources: nodes.Resources, *, resumed: bool, trials: int | None = None) -> Outcome:
         """Runs the sweep to its end or to an interruption, and leaves everything in order. Called with signals held.
@@ -325,7 +354,7 @@ class _Driver:
         reason = ""
         try:
             jobs = _Watched(searcher, self._clock, self._interrupts)
-            engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
+            engine.run_jobs(jobs, resources=resources, workers=self._workers, poll=self._interrupts.check)
             if searcher.paused:
                 state, reason = "paused", searcher.paused
             elif not searcher.finished:

@@ -2,7 +2,12 @@
 
 One Ray Tune trial is one job. Tune places jobs on workers and keeps the workers alive between them; it decides
 nothing and remembers nothing. What happened is in the ledger, so Tune's own experiment state goes to a temporary
-directory. Beside this file only `nodes.py` and `worker.py` know of Ray.
+directory. Beside this file only `nodes.py`, `autoscaling.py` and `worker.py` know of Ray.
+
+As many jobs are with Tune at once as the plan has workers, whether there is room for them yet or not: where nodes can
+be added, it is the workers that wait which make Ray's autoscaler add them, and a worker without a job is let go, so
+that its node can go too. Nothing is asked for in the cluster's own name (`ray.autoscaler.sdk.request_resources`): that
+is one value for all who use the cluster, and outlives a driver that is killed.
 """
 
 from __future__ import annotations
@@ -18,11 +23,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sweeps.errors import ClusterError
-from sweeps.jobs import JobOrder, JobResult
-from sweeps.nodes import Resources
+from sweeps.jobs import JobErrorKind, JobOrder, JobResult
+from sweeps.nodes import Resources, answers
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
+
+_NODE_DIED = "node has died"
+"""What Ray's error of a lost actor says where it is the node that died (`gcs_actor_manager.cc`)."""
 
 _QUIET = {
     # Read by Ray when it is first imported, and inherited by the processes it starts.
@@ -98,12 +106,13 @@ def _connect(address: str | None, workers: int) -> None:
         ) from error
 
 
-def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> None:
+def run_jobs(jobs: Jobs, *, resources: Resources, workers: int, poll: Callable[[], None]) -> None:
     """Runs jobs on the connected cluster until there are no more.
 
     Args:
         jobs: where jobs come from and results go to.
         resources: what each takes.
+        workers: jobs at once, those that wait for a node among them.
         poll: called several times a second, between whatever else happens; what it raises ends the run.
 
     Raises:
@@ -113,13 +122,15 @@ def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> N
 
     from sweeps.worker import PackTrainable
 
-    adapter = _adapter(jobs)
+    adapter = _adapter(jobs, resources)
     with tempfile.TemporaryDirectory(prefix="lora-sweeps-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(PackTrainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=adapter,
                 num_samples=-1,
+                # Also the number of workers that Tune waits for at once, which would be one.
+                max_concurrent_trials=workers,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: str(trial.trial_id),
             ),
@@ -127,7 +138,7 @@ def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> N
                 storage_path=scratch,
                 name="jobs",
                 verbose=0,
-                callbacks=[_polling(poll)],
+                callbacks=[_polling(poll, adapter)],
                 log_to_file=False,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
@@ -138,14 +149,19 @@ def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> N
         raise adapter.error
 
 
-def _polling(poll: Callable[[], None]) -> Any:
+def _polling(poll: Callable[[], None], adapter: Any) -> Any:
     from ray.tune import Callback
 
     class Polling(Callback):  # type: ignore[misc]
-        """Calls `poll` at every turn of Tune's loop."""
+        """Calls `poll` at every turn of Tune's loop, and has the next job composed while workers are busy."""
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             poll()
+            adapter.trials = trials
+            adapter.look_ahead()
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            adapter.begin(trial.trial_id)
 
         def __reduce__(self) -> Any:
             return (Callback, ())
@@ -153,7 +169,7 @@ def _polling(poll: Callable[[], None]) -> Any:
     return Polling()
 
 
-def _adapter(jobs: Jobs) -> Any:
+def _adapter(jobs: Jobs, resources: Resources) -> Any:
     from ray.tune.search import Searcher
 
     class JobSearcher(Searcher):  # type: ignore[misc]
@@ -162,25 +178,39 @@ def _adapter(jobs: Jobs) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.error: BaseException | None = None
+            self.trials: list[Any] = []
+            self._next: JobOrder | None = None
             self._started: dict[str, tuple[int, float]] = {}
+
+        def look_ahead(self) -> None:
+            """Composes the next job, which can take a sampler seconds, so that it is there when a worker is free."""
+            try:
+                if self._next is None and self._started and self.error is None:
+                    self._next = jobs.suggest()
+            except Exception as error:
+                # Tune would wrap it in an error of its own; it is raised as it is when Tune is done.
+                self.error = error
 
         def suggest(self, trial_id: str) -> Any:
             try:
-                order = jobs.suggest() if self.error is None else None
+                order = self._next or jobs.suggest() if self.error is None else None
             except Exception as error:
-                # Tune would wrap it in an error of its own; it is raised as it is when Tune is done.
                 self.error, order = error, None
+            self._next = None
             if order is None:
                 return Searcher.FINISHED if jobs.finished or self.error else None
             self._started[trial_id] = (order.job, time.perf_counter())
-            return {"order": order.model_dump_json()}
+            return {"order": order.model_dump_json(), "gpus": resources.gpus}
+
+        def begin(self, trial_id: str) -> None:
+            """A job has its worker: what it waited for one is none of its time."""
+            self._started[trial_id] = (self._started[trial_id][0], time.perf_counter())
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             job, started_s = self._started.pop(trial_id)
             if error or result is None or "result" not in result:
-                outcome = JobResult(
-                    job=job, error="worker_died", detail="the worker's process ended before its job did"
-                )
+                kind, detail = _why_lost(next((trial for trial in self.trials if trial.trial_id == trial_id), None))
+                outcome = JobResult(job=job, error=kind, detail=detail)
             else:
                 outcome = JobResult.model_validate_json(result["result"])
             try:
@@ -196,6 +226,44 @@ def _adapter(jobs: Jobs) -> Any:
             return (Searcher, ())
 
     return JobSearcher()
+
+
+def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
+    """Why a job has no result, as Ray tells it: its worker died, or the node did, which is not the job's fault.
+
+    Args:
+        trial: Tune's, in error; None where it is not known.
+    """
+    import ray
+
+    died = "the worker's process ended before its job did"
+    error = None if trial is None else _error_of(trial)
+    if not isinstance(error, ray.exceptions.RayActorError):
+        return "worker_died", died
+    node = _actor(error).get("Address", {}).get("NodeID", "")
+    if error.preempted or _NODE_DIED in str(error) or (node and not answers(node)):
+        taken = "was taken away (preempted)" if error.preempted else "vanished"
+        return "node_lost", f"the node of the worker {taken} before the job was done"
+    return "worker_died", died
+
+
+def _actor(error: Any) -> dict[str, Any]:
+    """What the cluster knows of the actor that an error is about."""
+    import ray
+
+    return dict(ray._private.state.actors(error.actor_id)) if error.actor_id else {}
+
+
+def _error_of(trial: Any) -> BaseException | None:
+    """Reads the error that Tune, in this process, has just kept of a trial; its own way finds it only later."""
+    import ray
+
+    try:
+        with open(trial.pickled_error_file, "rb") as file:
+            error = ray.cloudpickle.load(file)
+    except (OSError, TypeError):  # none was kept, and so has no name
+        return None
+    return error if isinstance(error, BaseException) else None
 
 
 @contextlib.contextmanager

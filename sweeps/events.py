@@ -128,7 +128,7 @@ class JobEnded(_Event):
     kind: Literal["job_ended"] = "job_ended"
     job: int
     error: str | None = None
-    """`error`, `oom` or `worker_died`; None where every member has a result."""
+    """`error`, `oom`, `worker_died` or `node_lost`; None where every member has a result."""
     detail: str = ""
     setup_s: float = 0.0
     train_s: float = 0.0

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sweeps.space import Configuration
 
-JobErrorKind = Literal["error", "oom", "worker_died"]
+JobErrorKind = Literal["error", "oom", "worker_died", "node_lost"]
 
 
 class _Message(BaseModel):

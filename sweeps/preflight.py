@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ class Preflight:
         too_large: why the weights were not loaded; empty where they were.
         gpus: how many of this machine's GPUs a worker spreads the model over; 1 also where it trains on none.
         most_bytes: of the base model on that one of them which has the most of it.
+        on_gpu: whether workers train on GPUs.
     """
 
     task: Task
@@ -77,6 +78,7 @@ class Preflight:
     too_large: str
     gpus: int = 1
     most_bytes: int = 0
+    on_gpu: bool = False
 
 
 def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whole: bool = True) -> Preflight:
@@ -117,7 +119,40 @@ def preflight(document: SpecDocument, reduction: Reduction, cache: Path, *, whol
         raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
     elsewhere = device.type == "cpu" and size is not None and (size > share or _asks_for_gpus(spec))
     layers = {name: (layer.in_features, layer.out_features) for name, layer in targets.items()}
-    return Preflight(task, outline, layers, workers, None if elsewhere else share, flops, too_large, gpus, most_bytes)
+    return Preflight(
+        task,
+        outline,
+        layers,
+        workers,
+        None if elsewhere else share,
+        flops,
+        too_large,
+        gpus,
+        most_bytes,
+        device.type == "cuda",
+    )
+
+
+def on_cluster(document: SpecDocument, fit: Preflight, memory_bytes: int | None, gpus: float) -> Preflight:
+    """What was found, for workers on other machines.
+
+    Args:
+        document: the spec.
+        fit: what was found of it here.
+        memory_bytes: of each worker, at least, its GPUs' together; None where that is not known.
+        gpus: of each worker.
+
+    Raises:
+        SpecError: its GPUs do not hold the model.
+    """
+    spread = max(1, int(gpus))
+    most_bytes = memory.base_bytes(fit.task.model)
+    if spread > 1 and memory_bytes is not None:
+        try:
+            most_bytes = most_on_one_gpu(fit.task.model, [memory_bytes // spread] * spread)
+        except TaskError as error:
+            raise document.error(f"task.{error.path}", error.required, error.found, error.hint) from None
+    return replace(fit, memory_bytes=memory_bytes, gpus=spread, most_bytes=most_bytes, on_gpu=gpus > 0)
 
 
 def task_loader(cache: Path) -> Callable[[SweepSpec], Task]:
@@ -191,7 +226,7 @@ def most_members(spec: SweepSpec, fit: Preflight, member: memory.MemberBytes | N
     if fit.gpus > 1 and spec.compute.pack != "auto":
         return None  # a bound that is too low must not refuse what the user asks for
     # On a CPU workers keep what they free (`keep_freed_memory`), and with it the gaps between.
-    reserve = _RESERVE if next(fit.task.model.parameters()).device.type == "cuda" else _RESERVE_ON_CPU
+    reserve = _RESERVE if fit.on_gpu else _RESERVE_ON_CPU
     # Of several GPUs the one with most of the base counts, and each member as if all of it were there: no pack that
     # fits so can be too large, and one of up to so many times more members as there are GPUs may fit.
     share = fit.memory_bytes // fit.gpus

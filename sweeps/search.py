@@ -53,6 +53,10 @@ many again the points of a finite space are gone through one by one."""
 _MOST_RETRIES = 2
 """How often a pack whose worker died is tried again."""
 
+_MOST_LOSSES = 20
+"""How often a pack is tried again whose node vanished. That is not its own fault, and is no death; but jobs that take
+longer than nodes live never end, and somebody must be told."""
+
 _BREAKER = 5
 """So many trials failing alike, before any has succeeded, pause the sweep: the fault is not the trials'. A search that
 is given more trials starts counting anew."""
@@ -65,6 +69,7 @@ class _Pack:
     start: int
     stop: int
     deaths: int = 0
+    losses: int = 0
     alone: bool = False
 
 
@@ -403,9 +408,15 @@ class PackSearcher:
         """Each kind of failure has its policy; a failing member never takes its pack-mates with it."""
         if result.error == "worker_died" and pack.deaths < _MOST_RETRIES:
             self._retries.append(replace(pack, deaths=pack.deaths + 1))
+        elif result.error == "node_lost" and pack.losses < _MOST_LOSSES:
+            self._retries.append(replace(pack, losses=pack.losses + 1))
         elif pack.work == "certify":
             pass  # one certificate fewer; its trial has finished all the same
-        elif result.error == "worker_died" or pack.alone or (result.error == "oom" and len(pack.trials) == 1):
+        elif (
+            result.error in ("worker_died", "node_lost")
+            or pack.alone
+            or (result.error == "oom" and len(pack.trials) == 1)
+        ):
             reason = (
                 f"{result.error}: {result.detail.strip().splitlines()[-1] if result.detail.strip() else 'no detail'}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
@@ -367,15 +368,26 @@ class ComputeSpec(Section):
     """What a sweep may use; auto: what there is."""
 
     workers: WorkersOrAuto = "auto"
-    """Jobs at the same time, at most 4096."""
+    """Jobs at the same time, at most 4096. auto: as many as there is room for, on nodes that can be added too."""
     gpus_per_worker: Annotated[
         Annotated[float, Strict(), Field(ge=0)] | Literal["auto"], in_one("a number of at least 0, or auto")
     ] = "auto"
-    """GPUs of one worker; fractions share one. More than one spread a model of transformers over them, layer by layer,
-    for a model that one GPU does not hold: they compute in turn, so that a model which fits on one trains faster with a
-    worker for each GPU. Written and tested without GPUs: no run on several has been seen yet."""
+    """GPUs of one worker; fractions share one, and its memory. auto: one where there are any. More than one spread a
+    model of transformers over them, layer by layer, for a model that one GPU does not hold: they compute in turn, so
+    that a model which fits on one trains faster with a worker for each GPU. Written and tested without GPUs: no run on
+    several has been seen yet."""
     pack: PackOrAuto = "auto"
     """Trials that one worker trains at once, at most 4096 and no more than its memory holds."""
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_whole_above_one(cls, gpus: float | str) -> float | str:
+        if isinstance(gpus, float) and gpus > 1 and not gpus.is_integer():
+            required = "a whole number of GPUs, or a share of one"
+            raise refuse(
+                required, gpus, f"Ray splits no GPU among workers that have others: write {math.ceil(gpus)} or 1"
+            )
+        return gpus
 
 
 class TrackingSpec(Section):

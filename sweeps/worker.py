@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
 from ray import tune
 
 from lora_core.allocator import keep_freed_memory
@@ -17,6 +19,7 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         """Prepares the actor for its first job."""
         keep_freed_memory()  # the process is Ray's, and trains packs only
+        keep_to_share(config["gpus"])
         self._runner = JobRunner()
         self._order = config["order"]
 
@@ -32,3 +35,16 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: members' states are saved by the job itself."""
+
+
+def keep_to_share(gpus: float) -> None:
+    """Keeps this process to the GPUs that Ray gave it, before it has used any.
+
+    Args:
+        gpus: how many, or what share of one. Ray leaves all GPUs of a node visible to whoever asks for none, and gives
+            the whole memory of a GPU to each of those that share it.
+    """
+    if gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)

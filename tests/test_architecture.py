@@ -12,7 +12,13 @@ LAYERS = ("lora_core", "sweeps", "services")
 """From the bottom up: a package imports itself and those before it."""
 
 ONLY_IN = {
-    "ray": {"services/ray_client.py", "sweeps/engine.py", "sweeps/nodes.py", "sweeps/worker.py"},
+    "ray": {
+        "services/ray_client.py",
+        "sweeps/autoscaling.py",
+        "sweeps/engine.py",
+        "sweeps/nodes.py",
+        "sweeps/worker.py",
+    },
     "optuna": {"sweeps/study.py"},
     "fsspec": {"sweeps/storage.py"},
     "mlflow": {"sweeps/tracking.py"},
@@ -29,7 +35,7 @@ ONLY_IN = {
     "pyarrow": {"sweeps/storage.py", "sweeps/tasks/samples.py"},
     "jinja2": {"services/templating.py", "sweeps/report.py"},
     "httpx2": {"services/connection.py"},
-    "ruamel": {"sweeps/yaml_text.py"},
+    "ruamel": {"sweeps/autoscaling.py", "sweeps/yaml_text.py"},
     "click": {
         "services/certifying.py",
         "services/cli.py",

@@ -74,6 +74,7 @@ class FakeWorker:
         failing: trials that take their pack down with an error.
         oom_above: packs larger than this do not fit.
         dying: jobs whose worker dies.
+        vanishing: jobs whose node vanishes.
         broken: every job ends with the same error.
         trained: how often each (trial, stop) was trained with success.
     """
@@ -82,6 +83,7 @@ class FakeWorker:
     failing: frozenset[int] = frozenset()
     oom_above: int = 1_000
     dying: frozenset[int] = frozenset()
+    vanishing: frozenset[int] = frozenset()
     broken: bool = False
     value: Callable[[MemberOrder, int], float] = loss_of
     trained: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -107,7 +109,9 @@ class FakeWorker:
         if self.broken:
             return "error", "Traceback\nRuntimeError: no such file"
         if order.job in self.dying:
-            return "worker_died", "the node is gone"
+            return "worker_died", "the worker is gone"
+        if order.job in self.vanishing:
+            return "node_lost", "the node is gone"
         if len(trials) > self.oom_above:
             return "oom", "Traceback\nOutOfMemoryError: too many"
         bad = sorted(self.failing & set(trials)) if order.work == "train" else []

@@ -243,7 +243,23 @@ def test_a_dead_worker_is_tried_again_twice_from_the_last_rung():
     simulation.run(FakeWorker(dying=frozenset({0, 1, 2})))
     assert [job.trials for job in simulation.of(JobStarted)] == [(0, 1, 2, 3)] * 3 + [(4, 5, 6, 7)]
     assert [trial.state for trial in simulation.record.trained] == ["failed"] * 4 + ["finished"] * 4
-    assert simulation.record.trials[0].reason == "worker_died: the node is gone"
+    assert simulation.record.trials[0].reason == "worker_died: the worker is gone"
+
+
+def test_nodes_that_vanish_cost_a_trial_nothing_until_they_never_live_long_enough():
+    simulation = Simulation(spec_of(certify="classes: 0"), trials=4, rungs=(4, 16), pack=4, lanes=1)
+    worker = FakeWorker(vanishing=frozenset(range(1, 9)) | frozenset(range(10, 20)), dying=frozenset({9}))
+    simulation.run(worker)
+    assert [(job.start, job.stop) for job in simulation.of(JobStarted)] == [(0, 4)] + [(4, 16)] * 20
+    assert "failed" not in states(simulation).values()
+
+    simulation = Simulation(spec_of(certify="classes: 0"), trials=8, rungs=(16,), pack=4, lanes=1)
+    simulation.run(FakeWorker(vanishing=frozenset(range(21))))
+    assert [trial.state for trial in simulation.record.trained] == ["failed"] * 4 + ["finished"] * 4
+    assert simulation.record.trials[0].reason == "node_lost: the node is gone"
+    # A driver that takes the sweep up decides the same.
+    again = simulation.cut(len(simulation.transactions) // 2).searcher(resumed=True)
+    assert again.suggest().members
 
 
 def test_a_pack_that_does_not_fit_is_split_in_two():

@@ -465,6 +465,7 @@ _FAULTS: list[tuple[dict[str, str], int, str, str]] = [
     ({"compute": "{pack: 1000000000}"}, 5, "compute.pack", "an integer from 1 to 4096, or auto; found 1000000000"),
     ({"compute": "{pack: 0}"}, 5, "compute.pack", "an integer from 1 to 4096, or auto; found 0"),
     ({"compute": "{gpus_per_worker: -1}"}, 5, "compute.gpus_per_worker", "a number of at least 0, or auto"),
+    ({"compute": "{gpus_per_worker: 1.5}"}, 5, "compute.gpus_per_worker", "found 1.5; Ray splits no GPU among workers"),
     ({"tracking": "{uri: 'http://u:secret@h'}"}, 5, "tracking.uri", "an address without a password"),
 ]
 

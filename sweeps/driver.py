@@ -316,7 +316,7 @@ class _Driver:
         reason = ""
         try:
             jobs = _Watched(searcher, self._clock, self._interrupts)
-            engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check)
+            engine.run_jobs(jobs, resources=resources, poll=self._interrupts.check, tell=self._progress.stage)
             if searcher.paused:
                 state, reason = "paused", searcher.paused
             elif not searcher.finished:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from sweeps.errors import ClusterError
 from sweeps.jobs import JobOrder, JobResult
-from sweeps.nodes import Resources
+from sweeps.nodes import Resources, WorkerWatch
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -98,13 +98,16 @@ def _connect(address: str | None, workers: int) -> None:
         ) from error
 
 
-def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> None:
+def run_jobs(
+    jobs: Jobs, *, resources: Resources, poll: Callable[[], None], tell: Callable[[str], None] | None = None
+) -> None:
     """Runs jobs on the connected cluster until there are no more.
 
     Args:
         jobs: where jobs come from and results go to.
         resources: what each takes.
         poll: called several times a second, between whatever else happens; what it raises ends the run.
+        tell: is told, in words, that jobs wait because no node has room for a worker.
 
     Raises:
         BaseException: whatever `jobs` itself raised, KeyboardInterrupt included.
@@ -127,7 +130,7 @@ def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> N
                 storage_path=scratch,
                 name="jobs",
                 verbose=0,
-                callbacks=[_polling(poll)],
+                callbacks=[_polling(poll, WorkerWatch(resources, tell) if tell else None)],
                 log_to_file=False,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
@@ -138,14 +141,28 @@ def run_jobs(jobs: Jobs, *, resources: Resources, poll: Callable[[], None]) -> N
         raise adapter.error
 
 
-def _polling(poll: Callable[[], None]) -> Any:
+def _polling(poll: Callable[[], None], watch: WorkerWatch | None) -> Any:
     from ray.tune import Callback
 
     class Polling(Callback):  # type: ignore[misc]
-        """Calls `poll` at every turn of Tune's loop."""
+        """Calls `poll` at every turn of Tune's loop, and knows which of its trials have a worker."""
+
+        def __init__(self) -> None:
+            self._with_worker: set[str] = set()
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             poll()
+            if watch is not None:
+                watch.look(len(self._with_worker))
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.add(trial.trial_id)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.discard(trial.trial_id)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.discard(trial.trial_id)
 
         def __reduce__(self) -> Any:
             return (Callback, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from sweeps.errors import ClusterError
 
 _ANSWER_S = 60
 """How long a node has to answer: it may have to start a process, and load torch in it."""
+
+_IDLE_S = 5
+"""For so long no worker must be there before somebody is told: between two jobs there may be none for a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,27 @@ def ask(function: Callable[..., Any], *arguments: Any, timeout_s: float = _ANSWE
 def cluster_workers(resources: Resources) -> int:
     """How many workers the connected cluster has room for, at least one."""
     return max(1, sum(node.room(resources) for node in living_nodes()))
+
+
+class WorkerWatch:
+    """Notices that jobs wait because all nodes on which workers were are gone, and says so once."""
+
+    def __init__(self, resources: Resources, tell: Callable[[str], None]) -> None:
+        """Takes what a worker takes, and who is told."""
+        self._resources, self._tell = resources, tell
+        self._idle_since_s: float | None = None  # None before there was a first worker
+        self._told = False
+
+    def look(self, at_work: int) -> None:
+        """Looks at how many workers are at work, while there are jobs to be done."""
+        now_s = time.monotonic()
+        if at_work:
+            self._idle_since_s, self._told = now_s, False
+        elif self._idle_since_s is not None and now_s - self._idle_since_s > _IDLE_S and not self._told:
+            self._idle_since_s = now_s  # the cluster is not asked at every turn
+            if not any(node.room(self._resources) for node in living_nodes()):
+                self._told = True
+                self._tell("waiting for a worker: no node of the cluster has room for one; goes on when one joins")
 
 
 def check_fits(resources: Resources) -> None:

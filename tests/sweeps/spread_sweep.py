@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from sweeps.events import JobEnded, JobStarted, TrialTold
 from sweeps.ledger import Ledger, Record
-from sweeps.spec import parse_spec
+from sweeps.spec import load_spec
 from sweeps.training import JobRunner
 from tests.cluster_support import kill_all_with, until
 from tests.support import command, environment, record_of, trajectory_of
@@ -21,25 +22,34 @@ from tests.sweeps.support import Simulation
 # A sampler that does not look back, and no pruner: a job that is run again changes nothing of what comes after it.
 SPREAD_SPEC = """\
 name: spread
-task: {type: digits}
+task: {type: python, entrypoint: slow_digits:make_task, options: {pause_s: 1.5}}
 lora: {target_modules: [fc1, fc2]}
 parameters:
   rank: {values: [2, 4, 8]}
   lr: {min: 1e-3, max: 1e-1}
-train: {optimizer: adamw, steps: 3000, batch_size: 16, schedule: constant}
-search: {method: random, trials: 16, pruner: {type: none, rungs: [1000, 2000, 3000]}}
+train: {optimizer: adamw, steps: 60, batch_size: 16, schedule: constant}
+search: {method: random, trials: 16, pruner: {type: none, rungs: [20, 40, 60]}}
 certify: {classes: 0}
 compute: {workers: 2, pack: 2}
 """
 
+_RUNGS = (20, 40, 60)
 _SWEEP_PATIENCE_S = 900
+
+
+def write_spec(folder: Path, *, pause_s: float = 1.5) -> Path:
+    """Writes the spec and its task to a directory."""
+    shutil.copy(Path(__file__).with_name("slow_digits.py"), folder)
+    path = folder / "spread.yaml"
+    path.write_text(SPREAD_SPEC.replace("pause_s: 1.5", f"pause_s: {pause_s:g}"))
+    return path
 
 
 def undisturbed(folder: Path) -> dict[int, tuple[Any, ...]]:
     """What the sweep finds in one process, without Ray: its trajectory."""
     runner, here = JobRunner(), {"cache": str(folder / "cache"), "checkpoints": str(folder / "checkpoints")}
-    spec = parse_spec(SPREAD_SPEC, "spread.yaml").spec
-    whole = Simulation(spec, trials=16, rungs=(1000, 2000, 3000), pack=2, lanes=3)
+    spec = load_spec(write_spec(folder, pause_s=0)).spec
+    whole = Simulation(spec, trials=16, rungs=_RUNGS, pack=2, lanes=3)
     whole.run(lambda order: runner.run(order.model_copy(update=here)))
     return trajectory_of(whole.record)
 
@@ -106,7 +116,7 @@ class Running:
             if isinstance(event, JobStarted) and record.jobs_ended[event.job].error is None
             for trial in event.trials
         ]
-        assert set(trained) == {(trial, stop) for trial in record.trials for stop in (1000, 2000, 3000)}
+        assert set(trained) == {(trial, stop) for trial in record.trials for stop in _RUNGS}
 
 
 @contextmanager
@@ -119,7 +129,7 @@ def sweep_on(cwd: Path, *arguments: str, inside: Sequence[str] = (), **env: str)
         inside: words before the command.
         env: more of the environment.
     """
-    (cwd / "spread.yaml").write_text(SPREAD_SPEC)
+    write_spec(cwd)
     mark = f"TESTS_SWEEP={os.getpid()}-{cwd.name}"
     name, _, value = mark.partition("=")
     with (cwd / "stdout").open("wb") as stdout, (cwd / "stderr").open("wb") as stderr:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster_support import ray_cluster
 from tests.support import run_cli
-from tests.sweeps.spread_sweep import SPREAD_SPEC, sweep_on, undisturbed
+from tests.sweeps.spread_sweep import sweep_on, undisturbed, write_spec
 
 # A node that does not answer is given up after three checks of half a second, and not after five of three.
 QUICK = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "3"}
@@ -52,11 +52,13 @@ def test_when_the_head_dies_the_driver_ends_and_a_new_head_finishes_the_sweep(
     expected: dict[int, tuple[Any, ...]], tmp_path: Path
 ):
     impatient = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}  # 60, unless it is told
-    with ray_cluster("127.62.0.1", cpus=2) as cluster:
-        with sweep_on(tmp_path, "spread.yaml", "--address", cluster.address, **cluster.access, **impatient) as sweep:
-            sweep.wait_for_jobs_on(cluster.head.address)
-            cluster.head.kill()
-            assert sweep.wait() != 0
+    with (
+        ray_cluster("127.62.0.1", cpus=2) as cluster,
+        sweep_on(tmp_path, "spread.yaml", "--address", cluster.address, **cluster.access, **impatient) as sweep,
+    ):
+        sweep.wait_for_jobs_on(cluster.head.address)
+        cluster.head.kill()
+        assert sweep.wait() != 0
     with (
         ray_cluster("127.62.0.1", cpus=2) as cluster,
         sweep_on(tmp_path, "--resume", "last", "--address", cluster.address, **cluster.access) as sweep,
@@ -68,7 +70,7 @@ def test_when_the_head_dies_the_driver_ends_and_a_new_head_finishes_the_sweep(
 def test_nodes_that_do_not_see_the_state_directory_are_named_and_nothing_is_begun(tmp_path: Path):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("`unshare --mount` is not permitted")
-    (tmp_path / "spread.yaml").write_text(SPREAD_SPEC)
+    write_spec(tmp_path)
     elsewhere = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{tmp_path}" && exec "$@"', "sh"]
     with ray_cluster("127.63.0.1") as cluster:
         cluster.join("127.63.0.2", "127.63.0.3", inside={"127.63.0.2": elsewhere, "127.63.0.3": elsewhere})

@@ -107,7 +107,7 @@ class Running:
         assert record.state == "finished"
         assert record.counts() == {"finished": 16, "pruned": 0, "diverged": 0, "failed": 0, "waiting": 0}
         assert trajectory_of(record) == expected
-        assert Counter(event.trial for event in events if isinstance(event, TrialTold)) == Counter(record.trials)
+        assert Counter(event.trial for event in events if isinstance(event, TrialTold)) == Counter(list(record.trials))
         # Each job that was started has ended, and no stretch of a trial's training counted twice.
         assert record.jobs_started.keys() == record.jobs_ended.keys()
         trained = [

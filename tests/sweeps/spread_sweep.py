@@ -1,4 +1,4 @@
-"""A sweep that takes long enough for nodes to come and go under it, and what must have become of it in the end."""
+"""A sweep that waits for nodes to come and go under it, and what must have become of it in the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.sweeps.support import Simulation
 # A sampler that does not look back, and no pruner: a job that is run again changes nothing of what comes after it.
 SPREAD_SPEC = """\
 name: spread
-task: {type: python, entrypoint: slow_digits:make_task, options: {pause_s: 1.5}}
+task: {type: python, entrypoint: held_digits:make_task, options: {hold: HOLD}}
 lora: {target_modules: [fc1, fc2]}
 parameters:
   rank: {values: [2, 4, 8]}
@@ -37,18 +37,18 @@ _RUNGS = (20, 40, 60)
 _SWEEP_PATIENCE_S = 900
 
 
-def write_spec(folder: Path, *, pause_s: float = 1.5) -> Path:
+def write_spec(folder: Path) -> Path:
     """Writes the spec and its task to a directory."""
-    shutil.copy(Path(__file__).with_name("slow_digits.py"), folder)
+    shutil.copy(Path(__file__).with_name("held_digits.py"), folder)
     path = folder / "spread.yaml"
-    path.write_text(SPREAD_SPEC.replace("pause_s: 1.5", f"pause_s: {pause_s:g}"))
+    path.write_text(SPREAD_SPEC.replace("HOLD", str(folder / "hold")))
     return path
 
 
 def undisturbed(folder: Path) -> dict[int, tuple[Any, ...]]:
     """What the sweep finds in one process, without Ray: its trajectory."""
     runner, here = JobRunner(), {"cache": str(folder / "cache"), "checkpoints": str(folder / "checkpoints")}
-    spec = load_spec(write_spec(folder, pause_s=0)).spec
+    spec = load_spec(write_spec(folder)).spec
     whole = Simulation(spec, trials=16, rungs=_RUNGS, pack=2, lanes=3)
     whole.run(lambda order: runner.run(order.model_copy(update=here)))
     return trajectory_of(whole.record)
@@ -64,6 +64,14 @@ class Running:
     def said(self) -> str:
         """Its progress so far."""
         return (self.cwd / "stderr").read_text()
+
+    def hold(self) -> None:
+        """Lets no job come to its end from now on: every worker is soon in the middle of one, and stays there."""
+        (self.cwd / "hold").touch()
+
+    def let_go(self) -> None:
+        """Lets them go on."""
+        (self.cwd / "hold").unlink()
 
     def records(self) -> list[Record]:
         """The ledger of its one sweep."""
@@ -93,9 +101,9 @@ class Running:
         return Counter(job.node for job in self.ended() if job.error is None)
 
     def until(self, condition: Any) -> None:
-        """Waits until something holds; the sweep must not end before."""
+        """Waits until something is so, at the latest when the sweep has ended."""
         until(lambda: self.process.poll() is not None or condition(), patience_s=_SWEEP_PATIENCE_S)
-        assert self.process.poll() is None, f"the sweep ended first:\n{self.said}"
+        assert condition(), f"the sweep ended first:\n{self.said}"
 
     def wait(self) -> int:
         """Waits until it ends; its exit code."""

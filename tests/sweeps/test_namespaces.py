@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,9 @@ def test_half_a_minute_without_a_network_delays_a_sweep_and_changes_nothing(
         run = ("spread.yaml", "--address", cluster.address)
         with sweep_on(tmp_path, *run, inside=head.inside, **cluster.access) as sweep:
             sweep.wait_for_jobs_on(*[worker.address for worker in workers])
+            sweep.hold()
             workers[0].cut_off()
+            sweep.let_go()
             time.sleep(CUT_S)  # the one thing that is about time
             assert sweep.process.poll() is None, sweep.said
             workers[0].plug_in()
@@ -62,12 +63,18 @@ def test_a_machine_that_was_given_up_and_comes_back_takes_jobs_again_once_it_is_
         run = ("spread.yaml", "--address", cluster.address)
         with sweep_on(tmp_path, *run, inside=head.inside, **cluster.access) as sweep:
             sweep.wait_for_jobs_on(*insides)
+            sweep.hold()
             workers[0].cut_off()
             sweep.until(sweep.lost)
+            before = sweep.done()
+            sweep.let_go()  # also where nobody hears of it: what is trained there is saved all the same
+            sweep.wait_for_jobs_on(workers[1].address, more_than=before)
+            sweep.hold()
             workers[0].plug_in()
             until(lambda: cut.process.poll() is not None)  # Ray ends a node that the others have given up
-            before = Counter(sweep.done())
             cluster.join(cut.address, inside=insides)
+            before = sweep.done()
+            sweep.let_go()
             sweep.wait_for_jobs_on(cut.address, more_than=before)
             assert sweep.wait() == 0, sweep.said
         sweep.check_whole(expected)

@@ -25,6 +25,8 @@ from typing import Any
 
 from tests.support import environment
 
+_ATTEMPTS = 4
+
 _PATIENCE_S = 180
 """For whatever takes seconds on a machine with nothing else to do."""
 
@@ -81,12 +83,14 @@ class RayNode:
         process: `ray start --block`.
         mark: see the top of the file.
         log: what it said.
+        inside: see the top of the file.
     """
 
     address: str
     process: subprocess.Popen[bytes]
     mark: str
     log: Path
+    inside: Sequence[str]
 
     @property
     def pids(self) -> set[int]:
@@ -103,10 +107,13 @@ class RayNode:
                     return found[1]
         raise AssertionError(f"{self.address} has no raylet")
 
-    def wait_until_started(self) -> None:
-        """Returns when the cluster has it."""
+    def has_started(self) -> bool:
+        """Waits until the cluster has it, or it has given up; what it left is gone then."""
         until(lambda: self.process.poll() is not None or "Ray runtime started" in self.log.read_text())
-        assert self.process.poll() is None, self.log.read_text()
+        if self.process.poll() is None:
+            return True
+        self.kill()
+        return False
 
     def kill(self) -> None:
         """Ends all its processes at once, as when a machine loses its power."""
@@ -143,13 +150,18 @@ class RayCluster:
     def join(self, *addresses: str, inside: Mapping[str, Sequence[str]] | None = None) -> list[RayNode]:
         """Starts nodes that take one job each, all at once."""
         words = ["--address", self.address, "--num-cpus", "1"]
-        nodes = [self.start(address, words, inside=(inside or {}).get(address, ())) for address in addresses]
-        for node in nodes:
-            node.wait_until_started()
-        return nodes
+        nodes = [self._begin(address, words, (inside or {}).get(address, ())) for address in addresses]
+        return [node if node.has_started() else self.start(node.address, words, node.inside) for node in nodes]
 
-    def start(self, address: str, words: Sequence[str], *, inside: Sequence[str] = ()) -> RayNode:
-        """Starts a node with `ray start`'s own options."""
+    def start(self, address: str, words: Sequence[str], inside: Sequence[str] = ()) -> RayNode:
+        """Starts a node with `ray start`'s own options, again where it gives up, as it does after 30 s."""
+        for _ in range(_ATTEMPTS):
+            node = self._begin(address, words, inside)
+            if node.has_started():
+                return node
+        raise AssertionError(node.log.read_text())
+
+    def _begin(self, address: str, words: Sequence[str], inside: Sequence[str]) -> RayNode:
         mark = f"TESTS_RAY_NODE={secrets.token_hex(8)}"
         name, _, value = mark.partition("=")
         log = self.scratch / f"{value}.log"
@@ -167,7 +179,7 @@ class RayCluster:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        node = RayNode(address, process, mark, log)
+        node = RayNode(address, process, mark, log, inside)
         self.nodes.append(node)
         return node
 
@@ -208,8 +220,7 @@ def ray_cluster(
         url = f"http://{address}:{dashboard_port}" if dashboard else ""
         cluster = RayCluster(f"{address}:{port}", url, access, Path(scratch), everywhere)
         try:
-            cluster.head = cluster.start(address, words, inside=inside)
-            cluster.head.wait_until_started()
+            cluster.head = cluster.start(address, words, inside)
             yield cluster
         finally:
             for node in reversed(cluster.nodes):

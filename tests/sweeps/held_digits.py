@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class HeldDigitsTask(DigitsTask):
     def evaluate(self, members: int) -> list[dict[str, float]]:
         """As digits, once the file is gone."""
         while self.hold.exists():
+            self.hold.with_name(f"held-{os.getpid()}").touch()
             time.sleep(0.05)
         return super().evaluate(members)
 

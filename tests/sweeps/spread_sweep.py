@@ -15,7 +15,7 @@ from sweeps.events import JobEnded, JobStarted, TrialTold
 from sweeps.ledger import Ledger, Record
 from sweeps.spec import load_spec
 from sweeps.training import JobRunner
-from tests.cluster_support import kill_all_with, until
+from tests.cluster_support import RayNode, kill_all_with, until
 from tests.support import command, environment, record_of, trajectory_of
 from tests.sweeps.support import Simulation
 
@@ -66,12 +66,20 @@ class Running:
         return (self.cwd / "stderr").read_text()
 
     def hold(self) -> None:
-        """Lets no job come to its end from now on: every worker is soon in the middle of one, and stays there."""
+        """Lets no job come to its end from now on."""
+        until(lambda: self.process.poll() is not None or "waiting for the first worker" in self.said)
         (self.cwd / "hold").touch()
 
+    def wait_until_held_on(self, *nodes: RayNode) -> None:
+        """Waits until each of these nodes is in the middle of a job, which does not go on."""
+        self.until(lambda: all(node.pids & self._held() for node in nodes))
+
     def let_go(self) -> None:
-        """Lets them go on."""
+        """Lets jobs go on."""
         (self.cwd / "hold").unlink()
+
+    def _held(self) -> set[int]:
+        return {int(path.name.removeprefix("held-")) for path in self.cwd.glob("held-*")}
 
     def records(self) -> list[Record]:
         """The ledger of its one sweep."""

@@ -39,11 +39,11 @@ def test_half_a_minute_without_a_network_delays_a_sweep_and_changes_nothing(
 ):
     head, *workers = machines
     with ray_cluster(head.address, inside=head.inside) as cluster:
-        cluster.join(*[worker.address for worker in workers], inside={w.address: w.inside for w in workers})
+        nodes = cluster.join(*[worker.address for worker in workers], inside={w.address: w.inside for w in workers})
         run = ("spread.yaml", "--address", cluster.address)
         with sweep_on(tmp_path, *run, inside=head.inside, **cluster.access) as sweep:
-            sweep.wait_for_jobs_on(*[worker.address for worker in workers])
             sweep.hold()
+            sweep.wait_until_held_on(*nodes)
             workers[0].cut_off()
             sweep.let_go()
             time.sleep(CUT_S)  # the one thing that is about time
@@ -59,22 +59,17 @@ def test_a_machine_that_was_given_up_and_comes_back_takes_jobs_again_once_it_is_
     head, *workers = machines
     with ray_cluster(head.address, inside=head.inside, **QUICK) as cluster:
         insides = {worker.address: worker.inside for worker in workers}
-        cut, _ = cluster.join(*insides, inside=insides)
+        cut, other = cluster.join(*insides, inside=insides)
         run = ("spread.yaml", "--address", cluster.address)
         with sweep_on(tmp_path, *run, inside=head.inside, **cluster.access) as sweep:
-            sweep.wait_for_jobs_on(*insides)
             sweep.hold()
+            sweep.wait_until_held_on(cut, other)
             workers[0].cut_off()
             sweep.until(sweep.lost)
-            before = sweep.done()
-            sweep.let_go()  # also where nobody hears of it: what is trained there is saved all the same
-            sweep.wait_for_jobs_on(workers[1].address, more_than=before)
-            sweep.hold()
             workers[0].plug_in()
             until(lambda: cut.process.poll() is not None)  # Ray ends a node that the others have given up
-            cluster.join(cut.address, inside=insides)
-            before = sweep.done()
+            (anew,) = cluster.join(cut.address, inside=insides)
+            sweep.wait_until_held_on(anew)
             sweep.let_go()
-            sweep.wait_for_jobs_on(cut.address, more_than=before)
             assert sweep.wait() == 0, sweep.said
         sweep.check_whole(expected)

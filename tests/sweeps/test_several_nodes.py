@@ -27,24 +27,24 @@ def test_a_sweep_outlives_each_of_its_nodes_and_goes_on_where_others_join(
     with ray_cluster("127.61.0.1", **QUICK) as cluster:
         first, second = cluster.join("127.61.0.2", "127.61.0.3")
         with sweep_on(tmp_path, "spread.yaml", "--address", cluster.address, **cluster.access) as sweep:
-            sweep.wait_for_jobs_on(first.address, second.address)
+            sweep.hold()
+            sweep.wait_until_held_on(first, second)
             assert not sweep.lost()
 
-            sweep.hold()
             first.kill()
             (third,) = cluster.join("127.61.0.4")
-            sweep.until(sweep.lost)
-            sweep.let_go()
-            sweep.wait_for_jobs_on(third.address)
+            sweep.wait_until_held_on(third)
+            assert len(sweep.lost()) == 1
 
-            sweep.hold()
             second.kill()
             third.kill()
             sweep.until(lambda: "waiting for a worker: " in sweep.said)
-            (fourth,) = cluster.join("127.61.0.5")
+            fourth, fifth = cluster.join("127.61.0.5", "127.61.0.6")
+            sweep.wait_until_held_on(fourth, fifth)
             sweep.let_go()
             assert sweep.wait() == 0, sweep.said
-        assert sweep.done().keys() == {node.address for node in (first, second, third, fourth)}
+        assert len(sweep.lost()) == 3
+        assert sweep.done().keys() == {fourth.address, fifth.address}
         sweep.check_whole(expected)
         assert "Traceback" not in sweep.said
 
@@ -57,8 +57,8 @@ def test_when_the_head_dies_the_driver_ends_and_a_new_head_finishes_the_sweep(
         ray_cluster("127.62.0.1", cpus=2) as cluster,
         sweep_on(tmp_path, "spread.yaml", "--address", cluster.address, **cluster.access, **impatient) as sweep,
     ):
-        sweep.wait_for_jobs_on(cluster.head.address)
         sweep.hold()
+        sweep.wait_until_held_on(cluster.head)
         cluster.head.kill()
         assert sweep.wait() != 0
         sweep.let_go()

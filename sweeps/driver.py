@@ -354,7 +354,13 @@ class _Driver:
         reason = ""
         try:
             jobs = _Watched(searcher, self._clock, self._interrupts)
-            engine.run_jobs(jobs, resources=resources, workers=self._workers, poll=self._interrupts.check)
+            engine.run_jobs(
+                jobs,
+                resources=resources,
+                workers=self._workers,
+                poll=self._interrupts.check,
+                tell=self._progress.stage,
+            )
             if searcher.paused:
                 state, reason = "paused", searcher.paused
             elif not searcher.finished:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from sweeps.errors import ClusterError
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult
-from sweeps.nodes import Resources, answers
+from sweeps.nodes import Resources, WorkerWatch, answers
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -106,7 +106,14 @@ def _connect(address: str | None, workers: int) -> None:
         ) from error
 
 
-def run_jobs(jobs: Jobs, *, resources: Resources, workers: int, poll: Callable[[], None]) -> None:
+def run_jobs(
+    jobs: Jobs,
+    *,
+    resources: Resources,
+    workers: int,
+    poll: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
     """Runs jobs on the connected cluster until there are no more.
 
     Args:
@@ -114,6 +121,7 @@ def run_jobs(jobs: Jobs, *, resources: Resources, workers: int, poll: Callable[[
         resources: what each takes.
         workers: jobs at once, those that wait for a node among them.
         poll: called several times a second, between whatever else happens; what it raises ends the run.
+        tell: is told, in words, that jobs wait because no node has room for a worker.
 
     Raises:
         BaseException: whatever `jobs` itself raised, KeyboardInterrupt included.
@@ -138,7 +146,7 @@ def run_jobs(jobs: Jobs, *, resources: Resources, workers: int, poll: Callable[[
                 storage_path=scratch,
                 name="jobs",
                 verbose=0,
-                callbacks=[_polling(poll, adapter)],
+                callbacks=[_polling(poll, adapter, WorkerWatch(resources, tell))],
                 log_to_file=False,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
@@ -149,19 +157,30 @@ def run_jobs(jobs: Jobs, *, resources: Resources, workers: int, poll: Callable[[
         raise adapter.error
 
 
-def _polling(poll: Callable[[], None], adapter: Any) -> Any:
+def _polling(poll: Callable[[], None], adapter: Any, watch: WorkerWatch) -> Any:
     from ray.tune import Callback
 
     class Polling(Callback):  # type: ignore[misc]
-        """Calls `poll` at every turn of Tune's loop, and has the next job composed while workers are busy."""
+        """Calls `poll` at every turn of Tune's loop, has the next job composed, and sees whether there are workers."""
+
+        def __init__(self) -> None:
+            self._with_worker: set[str] = set()
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             poll()
+            watch.look(len(self._with_worker))
             adapter.trials = trials
             adapter.look_ahead()
 
         def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.add(trial.trial_id)
             adapter.begin(trial.trial_id)
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.discard(trial.trial_id)
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self._with_worker.discard(trial.trial_id)
 
         def __reduce__(self) -> Any:
             return (Callback, ())

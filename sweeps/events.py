@@ -136,6 +136,8 @@ class JobEnded(_Event):
     """Tokens that its members were trained on in `train_s`, padding not counted; None where nobody counted."""
     eval_s: float = 0.0
     wall_s: float = 0.0
+    node: str = ""
+    """Address of the node that did it; empty where it was lost with its node, or nobody said."""
 
 
 class TrialTold(_Event):

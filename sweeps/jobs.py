@@ -67,3 +67,5 @@ class JobResult(_Message):
     tokens: int | None = None
     """Tokens that its members were trained on in `train_s`, padding not counted; None where the task has none."""
     eval_s: float = 0.0
+    node: str = ""
+    """Address of the node that did it; empty where it was lost with its node, or nobody said."""

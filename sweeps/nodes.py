@@ -21,6 +21,9 @@ from sweeps.node_memory import Memory, memory_here
 _ANSWER_S = 60
 """How long a node has to answer: it may have to start a process, and load torch in it."""
 
+_IDLE_S = 5
+"""For so long no worker must be there before somebody is told: between two jobs there may be none for a moment."""
+
 
 _DYING_S = 1
 """A node that goes takes its workers along, which may be noticed first."""
@@ -273,6 +276,27 @@ def share(memory: Memory, workers: int, resources: Resources) -> int | None:
     if not resources.gpus:
         return memory.free_bytes // (workers + 1)  # one share is for whatever else the node does
     return int(min(memory.gpu_bytes) * resources.gpus) if memory.gpu_bytes else None
+
+
+class WorkerWatch:
+    """Notices that jobs wait because all nodes on which workers were are gone, and says so once."""
+
+    def __init__(self, resources: Resources, tell: Callable[[str], None]) -> None:
+        """Takes what a worker takes, and who is told."""
+        self._resources, self._tell = resources, tell
+        self._idle_since_s: float | None = None  # None before there was a first worker
+        self._told = False
+
+    def look(self, at_work: int) -> None:
+        """Looks at how many workers are at work, while there are jobs to be done."""
+        now_s = time.monotonic()
+        if at_work:
+            self._idle_since_s, self._told = now_s, False
+        elif self._idle_since_s is not None and now_s - self._idle_since_s > _IDLE_S and not self._told:
+            self._idle_since_s = now_s  # the cluster is not asked at every turn
+            if not any(node.room(self._resources) for node in living_nodes()):
+                self._told = True
+                self._tell("waiting for a worker: no node of the cluster has room for one; goes on when one joins")
 
 
 def check_storage(place: str) -> None:

@@ -174,6 +174,7 @@ class PackSearcher:
                 tokens=result.tokens,
                 eval_s=result.eval_s,
                 wall_s=wall_s,
+                node=result.node,
             )
         )
         self._commit()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from ray import tune
+from ray.util import get_node_ip_address
 
 from lora_core.allocator import keep_freed_memory
 from sweeps.jobs import JobOrder
@@ -31,6 +32,7 @@ class PackTrainable(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """Does the whole job."""
         result = self._runner.run(JobOrder.model_validate_json(self._order))
+        result = result.model_copy(update={"node": get_node_ip_address()})
         return {"result": result.model_dump_json(), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

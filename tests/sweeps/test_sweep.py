@@ -6,17 +6,11 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
-import socket
 import stat
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +24,10 @@ from sweeps.events import DriverStarted, JobEnded, JobStarted
 from sweeps.ledger import Record
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
+from tests.cluster_support import pids_with, ray_cluster
 from tests.conftest import FinishedSweep
 from tests.support import (
     SMALL_SPEC,
-    environment,
     record_of,
     run_cli,
     run_json,
@@ -204,51 +198,13 @@ def listening_addresses(pids: set[int]) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
 
 
-def pids_with(setting: str) -> set[int]:
-    """The processes that have this in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-    return found
-
-
-@contextlib.contextmanager
-def ray_head(token: str) -> Iterator[str]:
-    """A Ray cluster of one node that somebody else started, behind a token; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Ray puts sockets below its directory, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
-        words = f"start --head --block --port={port} --num-cpus=2 --node-ip-address=127.0.0.1 --include-dashboard=false"
-        env = environment(RAY_TMPDIR=scratch, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_USAGE_STATS_ENABLED="0")
-        command = [sys.executable, "-m", "ray.scripts.scripts", *words.split()]
-        head = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        try:
-            assert head.stdout is not None
-            for line in head.stdout:
-                if "Ray runtime started" in line:
-                    break
-            assert head.poll() is None
-            yield f"127.0.0.1:{port}"
-        finally:
-            for pid in pids_with(f"RAY_AUTH_TOKEN={token}") | {head.pid}:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            head.wait()
-            head.stdout.close()
-
-
 def test_a_cluster_that_is_there_gives_the_same_sweep_and_lets_nobody_in_without_its_token(
     finished: FinishedSweep, tmp_path: Path
 ):
     (tmp_path / "small.yaml").write_text(SMALL_SPEC)
-    token = secrets.token_hex(32)
-    with ray_head(token) as address:
-        arguments = ("run", "small.yaml", "--address", address, "--json")
-        env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    with ray_cluster("127.0.0.1", cpus=2) as cluster:
+        arguments = ("run", "small.yaml", "--address", cluster.address, "--json")
+        env = cluster.access
         done = run_cli(*arguments, cwd=tmp_path, **env)
         assert done.returncode == 0, done.stderr
         stranger = run_cli(*arguments, cwd=tmp_path, **(env | {"RAY_AUTH_TOKEN": "0" * 64}))

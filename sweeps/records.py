@@ -221,6 +221,7 @@ def _apply(state: SweepRecord, record: Record) -> None:
             )
         case JobStarted() as started:
             state.jobs_started[started.job] = started
+            state.jobs_ended.pop(started.job, None)  # one whose node vanished is started again
         case RungReported() as reported:
             state.trials[reported.trial].rungs.append(reported)
         case JobEnded() as ended:

@@ -17,7 +17,7 @@ given more trials is such a call; it comes between a replay and the next job, an
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -54,8 +54,8 @@ _MOST_RETRIES = 2
 """How often a pack whose worker died is tried again."""
 
 _MOST_LOSSES = 20
-"""How often a pack is tried again whose node vanished. That is not its own fault, and is no death; but jobs that take
-longer than nodes live never end, and somebody must be told."""
+"""How often a job whose node vanished is handed out again, as the same job: it is nobody's fault, and changes nothing
+of the search. But jobs that take longer than nodes live never end, and somebody must be told."""
 
 _BREAKER = 5
 """So many trials failing alike, before any has succeeded, pause the sweep: the fault is not the trials'. A search that
@@ -69,7 +69,6 @@ class _Pack:
     start: int
     stop: int
     deaths: int = 0
-    losses: int = 0
     alone: bool = False
 
 
@@ -135,6 +134,8 @@ class PackSearcher:
         self._to_certify: deque[int] | None = None
         self._certified: set[str] = set()
         self._orphans: deque[int] = deque()
+        self._losses: Counter[int] = Counter()
+        self._ended: set[int] = set()
         self._recorded_asks: dict[int, TrialAsked] = {}
         self._recorded_ends: set[int] = set()
         self._events: list[Event] = []
@@ -178,7 +179,7 @@ class PackSearcher:
             )
         )
         self._commit()
-        self._arrived[result.job] = result
+        self._take(result)
 
     def extend(self, trials: int) -> list[Event]:
         """Gives the search more trials: after the `replay` of all that was before, and before anything new is composed.
@@ -210,12 +211,20 @@ class PackSearcher:
                 case RungReported() | MemberDiverged():
                     members.setdefault(event.job, []).append(_member_result(event))
                 case JobEnded():
-                    self._arrived[event.job] = _job_result(event, members.pop(event.job, []))
+                    self._take(_job_result(event, members.pop(event.job, [])))
                 case SweepExtended():
                     self._grow(event.trials)
-        ended = {event.job for event in recorded if isinstance(event, JobEnded)}
-        self._orphans = deque(job for job in range(len(self._jobs)) if job not in ended)
+        self._orphans = deque(job for job in range(len(self._jobs)) if job not in self._ended)
         self._events.clear()
+
+    def _take(self, result: JobResult) -> None:
+        """Keeps a result until it is applied; a job whose node vanished has none, and is handed out again."""
+        if result.error == "node_lost" and self._losses[result.job] < _MOST_LOSSES:
+            self._losses[result.job] += 1
+            self._orphans.append(result.job)
+            return
+        self._arrived[result.job] = result
+        self._ended.add(result.job)
 
     def _replay_start(self, started: JobStarted) -> None:
         job = self._compose()
@@ -409,8 +418,6 @@ class PackSearcher:
         """Each kind of failure has its policy; a failing member never takes its pack-mates with it."""
         if result.error == "worker_died" and pack.deaths < _MOST_RETRIES:
             self._retries.append(replace(pack, deaths=pack.deaths + 1))
-        elif result.error == "node_lost" and pack.losses < _MOST_LOSSES:
-            self._retries.append(replace(pack, losses=pack.losses + 1))
         elif pack.work == "certify":
             pass  # one certificate fewer; its trial has finished all the same
         elif (

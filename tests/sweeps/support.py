@@ -83,7 +83,7 @@ class FakeWorker:
     failing: frozenset[int] = frozenset()
     oom_above: int = 1_000
     dying: frozenset[int] = frozenset()
-    vanishing: frozenset[int] = frozenset()
+    vanishing: Counter[int] = field(default_factory=Counter)
     broken: bool = False
     value: Callable[[MemberOrder, int], float] = loss_of
     trained: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -110,7 +110,8 @@ class FakeWorker:
             return "error", "Traceback\nRuntimeError: no such file"
         if order.job in self.dying:
             return "worker_died", "the worker is gone"
-        if order.job in self.vanishing:
+        if self.vanishing[order.job] > 0:
+            self.vanishing[order.job] -= 1
             return "node_lost", "the node is gone"
         if len(trials) > self.oom_above:
             return "oom", "Traceback\nOutOfMemoryError: too many"

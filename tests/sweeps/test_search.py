@@ -246,20 +246,42 @@ def test_a_dead_worker_is_tried_again_twice_from_the_last_rung():
     assert simulation.record.trials[0].reason == "worker_died: the worker is gone"
 
 
-def test_nodes_that_vanish_cost_a_trial_nothing_until_they_never_live_long_enough():
-    simulation = Simulation(spec_of(certify="classes: 0"), trials=4, rungs=(4, 16), pack=4, lanes=1)
-    worker = FakeWorker(vanishing=frozenset(range(1, 9)) | frozenset(range(10, 20)), dying=frozenset({9}))
-    simulation.run(worker)
-    assert [(job.start, job.stop) for job in simulation.of(JobStarted)] == [(0, 4)] + [(4, 16)] * 20
-    assert "failed" not in states(simulation).values()
+@pytest.mark.parametrize("order", ["reproducible", "asynchronous"])
+def test_nodes_that_vanish_change_nothing_of_the_search(order):
+    spec = spec_of(order, certify="classes: 2")
+    calm = Simulation(spec, trials=24, rungs=(4, 16), pack=4, lanes=1)
+    calm.run(FakeWorker())
+    stormy = Simulation(spec, trials=24, rungs=(4, 16), pack=4, lanes=1)
+    stormy.run(FakeWorker(vanishing=Counter({0: 1, 2: 3, 5: 1, len(calm.record.jobs_started) - 1: 2})))
+    assert stormy.of(TrialTold) == calm.of(TrialTold)
+    assert stormy.record.jobs_started == calm.record.jobs_started
+    assert stormy.record.jobs_ended == calm.record.jobs_ended
+    assert [job.job for job in stormy.of(JobStarted)].count(2) == 4
+    assert len(stormy.record.certificates) == 2
 
+
+@pytest.mark.parametrize("kept", range(1, 14))
+def test_a_driver_that_takes_over_a_lost_job_hands_it_out_again(kept):
+    spec = spec_of(certify="classes: 0")
+    calm = Simulation(spec, trials=12, rungs=(4, 16), pack=4, lanes=2)
+    calm.run(FakeWorker())
+    worker = FakeWorker(vanishing=Counter({1: 2, 3: 1}))
+    stormy = Simulation(spec, trials=12, rungs=(4, 16), pack=4, lanes=2)
+    stormy.run(worker)
+    cut = stormy.cut(min(kept, len(stormy.transactions)))
+    cut.run(FakeWorker(), resumed=True)
+    assert {trial.number: (trial.state, trial.value) for trial in cut.record.trained} == {
+        trial.number: (trial.state, trial.value) for trial in calm.record.trained
+    }
+    assert cut.record.jobs_started == calm.record.jobs_started
+
+
+def test_a_job_that_takes_longer_than_nodes_live_fails_with_that_reason():
     simulation = Simulation(spec_of(certify="classes: 0"), trials=8, rungs=(16,), pack=4, lanes=1)
-    simulation.run(FakeWorker(vanishing=frozenset(range(21))))
+    simulation.run(FakeWorker(vanishing=Counter({0: 21})))
     assert [trial.state for trial in simulation.record.trained] == ["failed"] * 4 + ["finished"] * 4
     assert simulation.record.trials[0].reason == "node_lost: the node is gone"
-    # A driver that takes the sweep up decides the same.
-    again = simulation.cut(len(simulation.transactions) // 2).searcher(resumed=True)
-    assert again.suggest().members
+    assert [job.job for job in simulation.of(JobStarted)] == [0] * 21 + [1]
 
 
 def test_a_pack_that_does_not_fit_is_split_in_two():

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sweeps import collapse
 from sweeps.canonical import Continuous, TrialSpace
@@ -130,6 +131,7 @@ class PackSearcher:
         self._to_certify: deque[int] | None = None
         self._certified: set[str] = set()
         self._orphans: deque[int] = deque()
+        self._untried: Iterator[dict[str, float]] | None = None
         self._recorded_asks: dict[int, TrialAsked] = {}
         self._recorded_ends: set[int] = set()
         self._events: list[Event] = []
@@ -193,7 +195,7 @@ class PackSearcher:
         Raises:
             StateError: the ledger tells of jobs that this version would not have composed.
         """
-        recorded = [record.event for record in records]
+        recorded = [_without_losses(record.event) for record in records]
         self._recorded_asks = {event.trial: event for event in recorded if isinstance(event, TrialAsked)}
         self._recorded_ends = {event.trial for event in recorded if isinstance(event, TrialTold)}
         members: dict[int, list[MemberResult]] = {}
@@ -365,8 +367,9 @@ class PackSearcher:
                 return None
             names.append(dimension.name)
             axes.append(dimension.values)
-        points = (dict(zip(names, values, strict=True)) for values in product(*axes))
-        return next((point for point in points if self._space.trial(point)[1] not in self._trial_of_class), None)
+        if self._untried is None:  # what is known stays known, so that the points are gone through once
+            self._untried = (dict(zip(names, values, strict=True)) for values in product(*axes))
+        return next((p for p in self._untried if self._space.trial(p)[1] not in self._trial_of_class), None)
 
     # -- applying
 
@@ -432,7 +435,7 @@ class PackSearcher:
             self._check_breaker()
 
     def _check_breaker(self) -> None:
-        if len(self._failures) >= _BREAKER and len(set(self._failures)) == 1 and not self._succeeded:
+        if not self._succeeded and len(self._failures) >= _BREAKER and len(set(self._failures)) == 1:
             self.paused = f"the first {_BREAKER} trials failed alike: {self._failures[0]}"
 
     # -- orders and events
@@ -444,7 +447,7 @@ class PackSearcher:
         return JobOrder(
             job=job,
             work=pack.work,
-            spec=self._spec.model_dump(mode="json"),
+            spec=self._spec_as_json,
             cache=str(self._cache),
             checkpoints=str(self._checkpoints),
             members=tuple(
@@ -461,10 +464,21 @@ class PackSearcher:
             stop=pack.stop,
         )
 
+    @cached_property
+    def _spec_as_json(self) -> dict[str, Any]:
+        return self._spec.model_dump(mode="json")
+
     def _commit(self) -> None:
         events, self._events = self._events, []
         if events:
             self._append(events)
+
+
+def _without_losses(event: Event) -> Event:
+    """An event that was recorded without what no decision follows from: of all that is kept, nearly everything."""
+    if isinstance(event, RungReported | MemberDiverged) and event.train_losses:
+        return event.model_copy(update={"train_losses": ()})
+    return event
 
 
 def _member_event(job: int, stop: int, member: MemberResult) -> Event:

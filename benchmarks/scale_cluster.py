@@ -137,6 +137,11 @@ class Cluster:
         self.course.end_s = self._now_s
         return self.course
 
+    @property
+    def now_s(self) -> float:
+        """The driver's virtual time."""
+        return self._now_s
+
     def _charged(self, call: Callable[[], Any]) -> Any:
         before_s = self._charge()
         answer = call()
@@ -144,6 +149,7 @@ class Cluster:
         self.course.driver_s += taken_s
         if not self._free:
             self._now_s += taken_s * self.slowed
+        self._beside(self._now_s)
         return answer
 
     # -- workers

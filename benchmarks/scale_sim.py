@@ -1,4 +1,4 @@
-"""One driver and many workers: what a sweep of up to 100,000 trials on 1,000 workers costs the driver, and where it stops.
+"""What a sweep of 100,000 trials on 1,000 workers costs its driver, and where one driver is no longer enough.
 
     python benchmarks/scale_sim.py                                     # 1,000 to 10,000 trials, minutes
     python benchmarks/scale_sim.py --small                             # the same figures of a toy, seconds
@@ -11,16 +11,18 @@ these figures. Each size runs in a process of its own, so that its peak memory i
 
     sampling     ms of CPU in Optuna: asking, telling, pruning
     bookkeeping  ms of CPU around it: packs, orders and results as JSON
-    ledger       ms until the transactions were on disk, waiting included
-    last tenth   ms of all three for the last tenth of the trials: how it grows
+    ledger       ms of CPU in appending to it, to which each transaction adds `--sync-ms`, 1 ms unless told otherwise
+    growth       ms of all that by trial ended, between 1,000, 3,000, 10,000 ... of them, and the memory by then
     in use       share of the workers' time in which they trained, the driver's time charged
     keeps busy   workers' time / driver's time: so many workers one driver has jobs for at this duration
     MLflow       requests and ms; the longest an event waited for its delivery; how long after the end all was there
-    replay       s until a resumed driver has read the ledger and stands where it left off
-    report       s for the report in all its formats, and its bytes
+    replay       s of CPU until a resumed driver has read the ledger and stands where it left off
+    report       s of CPU for the report in all its formats, and its bytes
 
-MLflow is delivered in turn with the simulation, and its time goes to a writer of its own on the virtual clock; the CPU
-that it uses slows the driver down, for both are threads of one Python process.
+CPU is counted and waiting is not, so that the figures of a machine that others use are of some worth; what waiting for
+a disk or a database adds to a transaction is an option. MLflow is delivered in turn with the simulation, and its time
+(CPU of the writer, and of the server where it is one of the benchmark's own) goes to a writer of its own on the virtual
+clock; the writer's CPU slows the driver down, for both are threads of one Python process.
 """
 
 from __future__ import annotations
@@ -41,14 +43,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sqlalchemy as sa
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the driver's thread is what is counted
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.scale_cluster import Cluster, Course, Workers, driver_clock
 from sweeps import report
 from sweeps.deliverables import write_exports
-from sweeps.events import DriverStarted, Event, SweepCreated, SweepEnded
+from sweeps.events import DriverStarted, Event, SweepCreated, SweepEnded, without_losses
 from sweeps.ledger import Ledger
 from sweeps.plan import make_plan, trial_space
 from sweeps.records import read_sweep
@@ -62,6 +66,7 @@ from tests.sweeps.mlflow_support import free_port, server
 TRIALS = (1_000, 3_000, 10_000)
 KNOWN = {"gp": (100, 300, 1_000), "tpe": (100, 1_000, 10_000), "cmaes": (100, 1_000), "random": (100, 1_000, 10_000)}
 ASKS = 3
+MARKS = (1_000, 3_000, 10_000, 30_000)
 PERIOD_S = 1.0
 """Between deliveries to MLflow, as in sweeps/tracking.py."""
 SWEEP = "scale"
@@ -96,6 +101,7 @@ class Setting:
         pack: members to a pack, before memory runs out.
         ledger: URL of a PostgreSQL; empty for a SQLite file.
         mlflow: `none`, `server` for one of its own, `sqlite` for a file, or an address.
+        sync_ms: what waiting for the disk or the database adds to each transaction.
         free_driver: the driver takes no time, so that what remains is the order's and the failures'.
     """
 
@@ -107,6 +113,7 @@ class Setting:
     pack: int = 8
     ledger: str = ""
     mlflow: str = "none"
+    sync_ms: float = 1.0
     free_driver: bool = False
 
     @property
@@ -114,6 +121,21 @@ class Setting:
         """The sweep's spec."""
         fields = {name: getattr(self, name) for name in ("method", "order", "pruner", "trials", "pack")}
         return parse_spec(SPEC.format(**fields), "scale.yaml")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far a sweep had come.
+
+    Attributes:
+        trials: ended by then.
+        driver_ms: by trial since the mark before.
+        peak_bytes: of memory until then.
+    """
+
+    trials: int
+    driver_ms: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +151,7 @@ class Figures:
     sampling_ms: float
     bookkeeping_ms: float
     ledger_ms: float
-    last_tenth_ms: float
+    growth: tuple[Mark, ...]
     in_use: float
     keeps_busy: float
     """Workers."""
@@ -179,19 +201,15 @@ class Books:
 
     def __init__(self, ledger: Ledger, setting: Setting) -> None:
         self._ledger, self._setting = ledger, setting
-        self.seconds = self._waited_s = 0.0
+        self.seconds = 0.0
         self.events = self.transactions = self.told = 0
-        self.tenth_s: float | None = None
-        self._began_s = driver_clock()
         self._shown_s = time.monotonic()
 
     def append(self, events: list[Event]) -> None:
         """Appends as `driver._append` does."""
-        wall_s, cpu_s = time.perf_counter(), driver_clock()
+        before_s = driver_clock()
         self._ledger.append(SWEEP, events)
-        taken_s = time.perf_counter() - wall_s
-        self.seconds += taken_s
-        self._waited_s += taken_s - (driver_clock() - cpu_s)
+        self.seconds += driver_clock() - before_s
         self.events += len(events)
         self.transactions += 1
         self.told += sum(event.kind == "trial_told" for event in events)
@@ -201,37 +219,44 @@ class Books:
 
     def charged(self) -> float:
         """The driver's time: its thread's CPU, and waiting for the ledger."""
-        return driver_clock() + self._waited_s
+        return driver_clock() + self.transactions * self._setting.sync_ms / 1e3
 
 
 class Delivery:
     """The MLflow writer, on a clock of its own."""
 
-    def __init__(self, ledger: Ledger, uri: str) -> None:
+    def __init__(self, ledger: Ledger, uri: str, theirs: Callable[[], float]) -> None:
+        """Prepares it; `theirs` are the seconds that the server of the benchmark's own has used so far."""
+        self._theirs = theirs
         self._outbox = Outbox(ledger, SWEEP, uri, SWEEP)
-        self._free_s = self._oldest_s = 0.0
+        self._free_s = 0.0
+        self._pending_s: float | None = None
         self.seconds = self.lag_s = self.share = 0.0
         self.requests = 0
 
+    def wake(self, now_s: float) -> None:
+        """Says that something was appended."""
+        if self._pending_s is None:
+            self._pending_s = now_s
+
     def at(self, now_s: float) -> None:
-        """Delivers what there is if the writer is free by now."""
-        if now_s < self._free_s:
+        """Delivers what there is, if there is anything and the writer is free by now."""
+        if self._pending_s is None or now_s < (begin_s := max(self._pending_s, self._free_s)):
             return
-        # It had begun as soon as it could, and what came while it was at it waits for the next time.
-        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        theirs_s, cpu_s = self._theirs(), time.thread_time()
         self._outbox.deliver()
-        taken_s = time.perf_counter() - wall_s
-        self.share = min(0.5, (time.thread_time() - cpu_s) / taken_s) if taken_s else 0.0
+        mine_s = time.thread_time() - cpu_s
+        taken_s = mine_s + self._theirs() - theirs_s
+        self.share = min(0.5, mine_s / taken_s) if taken_s else 0.0
         self.seconds += taken_s
-        self.lag_s = max(self.lag_s, now_s + taken_s - self._oldest_s)
-        self._oldest_s, self._free_s = now_s, now_s + taken_s + PERIOD_S
+        self.lag_s = max(self.lag_s, begin_s + taken_s - self._pending_s)
+        self._pending_s, self._free_s = None, begin_s + taken_s + PERIOD_S
 
     def finish(self, now_s: float) -> float:
         """Delivers the rest; how long after `now_s` all was there."""
-        begin_s = max(now_s, self._free_s)
-        before_s = self.seconds
-        self.at(begin_s)
-        return begin_s + self.seconds - before_s - now_s
+        self.wake(now_s)
+        self.at(max(now_s, self._free_s))
+        return self._free_s - PERIOD_S - now_s
 
 
 @contextlib.contextmanager
@@ -258,26 +283,27 @@ def measure(setting: Setting) -> Figures:
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scale-sim-")))
         ledger = stack.enter_context(Ledger(setting.ledger) if setting.ledger else Ledger.in_directory(directory))
-        uri = setting.mlflow
+        uri, theirs = setting.mlflow, lambda: 0.0
         if uri == "server":
             uri = stack.enter_context(server(directory / "mlflow.db", free_port()))
+            theirs = children_clock
         elif uri == "sqlite":
             uri = f"sqlite:///{directory}/mlflow.db"
         before_bytes = ledger_bytes(ledger)
         create(ledger, setting, uri)
-        delivery = None if uri == "none" else Delivery(ledger, uri)
+        delivery = None if uri == "none" else Delivery(ledger, uri, theirs)
         stack.enter_context(counted_requests(delivery))
         books = Books(ledger, setting)
-        course, searcher, timed, tenth_ms = search(setting, books, delivery)
+        course, searcher, timed, growth = search(setting, books, delivery)
         ledger.append(SWEEP, [SweepEnded(state="finished")])
         peak_bytes = peak()
         after_s = None if delivery is None else delivery.finish(course.end_s)
         size = ledger_bytes(ledger) - before_bytes
         print("  replay and report", file=sys.stderr)
-        replay_s = timed_call(lambda: make_searcher(setting, lambda events: None).replay(ledger.read(SWEEP)))
+        replay_s = timed_call(lambda: replay(ledger, setting))
         report_s = timed_call(lambda: write_report(ledger, directory / "report"))
         trained = len(searcher._trials)
-        mine_ms = 1e3 / trained
+        mine_ms, synced_s = 1e3 / trained, books.transactions * setting.sync_ms / 1e3
         return Figures(
             trials=trained,
             method=setting.method,
@@ -286,9 +312,9 @@ def measure(setting: Setting) -> Figures:
             jobs=len(course.spans_s),
             errors=course.errors,
             sampling_ms=timed.seconds * mine_ms,
-            bookkeeping_ms=(course.driver_s - timed.seconds - books.seconds) * mine_ms,
+            bookkeeping_ms=(course.driver_s - timed.seconds - books.seconds - synced_s) * mine_ms,
             ledger_ms=books.seconds * mine_ms,
-            last_tenth_ms=tenth_ms,
+            growth=growth,
             in_use=course.utilisation(setting.workers.count),
             keeps_busy=course.busy_s / course.driver_s,
             makespan_s=course.end_s,
@@ -307,24 +333,40 @@ def measure(setting: Setting) -> Figures:
         )
 
 
-def search(setting: Setting, books: Books, delivery: Delivery | None) -> tuple[Course, PackSearcher, Timed, float]:
-    """The search itself; and the ms of the driver by trial of its last tenth."""
-    searcher = make_searcher(setting, books.append)
+def search(
+    setting: Setting, books: Books, delivery: Delivery | None
+) -> tuple[Course, PackSearcher, Timed, tuple[Mark, ...]]:
+    """The search itself."""
+
+    def append(events: list[Event]) -> None:
+        books.append(events)
+        if delivery is not None:
+            delivery.wake(cluster.now_s)
+
+    searcher = make_searcher(setting, append)
     timed = Timed(searcher._study)
     searcher._study = timed  # type: ignore[assignment]
-    mark: list[tuple[int, float]] = []
+    marks: list[Mark] = []
+    before = [0, 0.0]
+
+    def mark() -> None:
+        told, driver_s = books.told, cluster.course.driver_s
+        if told > before[0]:
+            marks.append(Mark(told, 1e3 * (driver_s - before[1]) / (told - before[0]), peak()))
+            before[:] = told, driver_s
+            print(f"  {marks[-1]}", file=sys.stderr)
 
     def beside(now_s: float) -> None:
-        if not mark and books.told >= 0.9 * setting.trials:
-            mark.append((books.told, cluster.course.driver_s))
+        if len(marks) < len(MARKS) and books.told >= MARKS[len(marks)]:
+            mark()
         if delivery is not None:
             delivery.at(now_s)
             cluster.slowed = 1 / (1 - delivery.share)
 
     cluster = Cluster(setting.workers, charge=books.charged, beside=beside, free_driver=setting.free_driver)
     course = cluster.run(searcher)
-    told, driver_s = mark[0] if mark else (0, 0.0)
-    return course, searcher, timed, 1e3 * (course.driver_s - driver_s) / max(1, books.told - told)
+    mark()
+    return course, searcher, timed, tuple(marks)
 
 
 def create(ledger: Ledger, setting: Setting, uri: str) -> None:
@@ -369,6 +411,12 @@ def make_searcher(setting: Setting, append: Callable[[list[Event]], None]) -> Pa
     )
 
 
+def replay(ledger: Ledger, setting: Setting) -> None:
+    """As a driver does that goes on."""
+    past = [without_losses(record) for record in ledger.stream(SWEEP)]
+    make_searcher(setting, lambda events: None).replay(past)
+
+
 def write_report(ledger: Ledger, directory: Path) -> None:
     """The report and the exports, as `deliverables.write_report` does; no worker has left an adapter."""
     record = read_sweep(ledger, SWEEP)
@@ -392,10 +440,16 @@ def peak() -> int:
 
 
 def timed_call(call: Callable[[], object]) -> float:
-    """Its seconds."""
-    began_s = time.perf_counter()
+    """Its seconds of CPU."""
+    began_s = driver_clock()
     call()
-    return time.perf_counter() - began_s
+    return driver_clock() - began_s
+
+
+def children_clock() -> float:
+    """Seconds of CPU that the processes below this one have used."""
+    used = [each.cpu_times() for each in psutil.Process().children(recursive=True)]
+    return float(sum(times.user + times.system for times in used))
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------
@@ -424,14 +478,16 @@ def seconds_an_ask(method: str, known: int, asks: int) -> float:
 
 def show(figures: Figures) -> Iterator[str]:
     """A size's lines."""
+    failed = ", ".join(f"{n:,} {kind}" for kind, n in sorted(figures.errors.items()))
     yield (
         f"{figures.trials:>7,} trials, {figures.method}, {figures.order}, {figures.workers:,} workers, "
-        f"{figures.jobs:,} jobs ({', '.join(f'{n:,} {kind}' for kind, n in sorted(figures.errors.items())) or 'none failed'})"
+        f"{figures.jobs:,} jobs ({failed or 'none failed'})"
     )
     yield (
         f"        sampling {figures.sampling_ms:.2f} ms, bookkeeping {figures.bookkeeping_ms:.2f} ms, "
-        f"ledger {figures.ledger_ms:.2f} ms a trial; last tenth {figures.last_tenth_ms:.2f} ms"
+        f"ledger {figures.ledger_ms:.2f} ms a trial"
     )
+    yield (f"        growth {', '.join(f'{each.driver_ms:.2f} ms to {each.trials:,}' for each in figures.growth)}")
     yield (
         f"        workers in use {figures.in_use:.1%}; the driver keeps {figures.keeps_busy:,.0f} busy; "
         f"the sweep takes {figures.makespan_s / 3600:.2f} h"
@@ -440,14 +496,15 @@ def show(figures: Figures) -> Iterator[str]:
         f"        {figures.events:.1f} events, {figures.transactions:.2f} transactions, "
         f"{figures.ledger_bytes / 1e3:.1f} kB of ledger a trial"
     )
+    memory = f"{figures.peak_bytes / 1e6:,.0f} MB, with replay and report {figures.peak_bytes_at_end / 1e6:,.0f} MB"
     yield (
-        f"        memory {figures.peak_bytes / 1e6:,.0f} MB, with replay and report {figures.peak_bytes_at_end / 1e6:,.0f} MB; "
-        f"replay {figures.replay_s:.1f} s, report {figures.report_s:.1f} s, {figures.report_bytes / 1e6:.1f} MB"
+        f"        memory {memory}; replay {figures.replay_s:.1f} s, report {figures.report_s:.1f} s, "
+        f"{figures.report_bytes / 1e6:.1f} MB"
     )
     if figures.mlflow_ms is not None:
         asked = "" if figures.mlflow_requests is None else f"{figures.mlflow_requests:.1f} requests, "
         yield (
-            f"        MLflow {asked}{figures.mlflow_ms:.0f} ms a trial, at most {figures.mlflow_lag_s:.0f} s behind, "
+            f"        MLflow: {asked}{figures.mlflow_ms:.0f} ms a trial, at most {figures.mlflow_lag_s:.0f} s behind, "
             f"all there {figures.mlflow_after_end_s:.0f} s after the end"
         )
 
@@ -468,6 +525,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--order", choices=("reproducible", "asynchronous"), default="reproducible")
     parser.add_argument("--pruner", choices=("successive_halving", "median", "none"), default="successive_halving")
     parser.add_argument("--pack", type=int, default=8, help="members to a pack")
+    parser.add_argument("--sync-ms", type=float, default=1.0, help="waiting for the disk or database, a transaction")
     for name in ("job-s", "spread", "deaths", "diverging", "node-hours", "back-s"):
         parser.add_argument(f"--{name}", type=float, default=defaults[name.replace("-", "_")])
     for name in ("node", "losses", "seed"):
@@ -489,7 +547,10 @@ def settings_of(options: argparse.Namespace) -> Iterator[Setting]:
     fits = options.fits or options.pack
     names = ("node", "job_s", "spread", "deaths", "diverging", "node_hours", "back_s", "losses", "seed")
     workers = Workers(options.workers, fits=fits, **{name: getattr(options, name) for name in names})
-    same = {name: getattr(options, name) for name in ("method", "order", "pruner", "pack", "ledger", "free_driver")}
+    same = {
+        name: getattr(options, name)
+        for name in ("method", "order", "pruner", "pack", "ledger", "sync_ms", "free_driver")
+    }
     if options.small:
         few = dataclasses.replace(workers, count=8, node=4, losses=5, deaths=0.05, node_hours=0.5, fits=2)
         for order in ("reproducible", "asynchronous"):

@@ -195,7 +195,7 @@ class PackSearcher:
         Raises:
             StateError: the ledger tells of jobs that this version would not have composed.
         """
-        recorded = [_without_losses(record.event) for record in records]
+        recorded = [record.event for record in records]
         self._recorded_asks = {event.trial: event for event in recorded if isinstance(event, TrialAsked)}
         self._recorded_ends = {event.trial for event in recorded if isinstance(event, TrialTold)}
         members: dict[int, list[MemberResult]] = {}
@@ -472,13 +472,6 @@ class PackSearcher:
         events, self._events = self._events, []
         if events:
             self._append(events)
-
-
-def _without_losses(event: Event) -> Event:
-    """An event that was recorded without what no decision follows from: of all that is kept, nearly everything."""
-    if isinstance(event, RungReported | MemberDiverged) and event.train_losses:
-        return event.model_copy(update={"train_losses": ()})
-    return event
 
 
 def _member_event(job: int, stop: int, member: MemberResult) -> Event:

@@ -4,6 +4,7 @@
     python benchmarks/scale_sim.py --small                             # the same figures of a toy, seconds
     python benchmarks/scale_sim.py --trials 100000 --method random --mlflow none
     python benchmarks/scale_sim.py --ask gp tpe cmaes random           # seconds an ask, by trials known
+    python benchmarks/scale_sim.py --lanes                             # what the reproducible order alone costs
 
 The search, the ledger and the tracking are the real ones; the workers are simulated (`scale_cluster.py`) and the clock
 is virtual: a job's duration is drawn, what the driver does is timed and charged. Without Ray, whose own time is not in
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -49,7 +51,7 @@ import sqlalchemy as sa
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the driver's thread is what is counted
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.scale_cluster import Cluster, Course, Workers, driver_clock
+from benchmarks.scale_cluster import Cluster, Course, Workers, driver_clock, in_use_at_best
 from sweeps import report
 from sweeps.deliverables import write_exports
 from sweeps.events import DriverStarted, Event, SweepCreated, SweepEnded, without_losses
@@ -537,6 +539,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--free-driver", action="store_true", help="the driver takes no time of the virtual clock")
     parser.add_argument("--ask", nargs="+", choices=tuple(KNOWN), help="instead: seconds an ask of these methods")
     parser.add_argument("--known", type=int, nargs="+", help="with --ask: trials that are known")
+    parser.add_argument(
+        "--lanes", action="store_true", help="instead: workers in use, by lanes and spread of job times"
+    )
     parser.add_argument("--small", action="store_true", help="a toy of every kind, seconds")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     return parser.parse_args(arguments)
@@ -568,7 +573,16 @@ def main(arguments: list[str] | None = None) -> Mapping[str, Any]:
     found: dict[str, Any] = {"machine": cores}
     if not options.json:
         print(cores)
-    if options.ask:
+    if options.lanes:
+        found["in_use"] = []
+        for workers, spread in itertools.product((10, 100, 1_000), (0.1, 0.3, 0.6)):
+            lanes = (workers + 1, 2 * workers, 4 * workers)
+            shares = {each: in_use_at_best(workers, each, spread, 20 * workers) for each in lanes}
+            found["in_use"].append({"workers": workers, "spread": spread, "by_lanes": shares})
+            if not options.json:
+                shown = ", ".join(f"{share:.0%} with {each:,} lanes" for each, share in shares.items())
+                print(f"{workers:>5,} workers, spread {spread:g}: in use {shown}")
+    elif options.ask:
         found["ask_s"] = {}
         for method in options.ask:
             for known in options.known or KNOWN[method]:

@@ -29,6 +29,9 @@ _ASKING = {"gp": (1_000, 5.3, 3), "tpe": (10_000, 0.11, 1), "cmaes": (2_000, 0.0
 """Trials known, seconds of one CPU core that the sampler then takes to suggest another, and the power of the trials
 that these grow with: docs/scale.md says how they were measured."""
 
+_MANY_WORKERS = 32
+"""From so many on, waiting for the slowest of them costs more than a fifth to a half of their time."""
+
 _LONG_ASKING_S = 3600.0
 """A search whose sampler takes longer than this in all is warned of."""
 
@@ -165,7 +168,11 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
         certificates=min(spec.certify.classes, trials) if reduction.eliminated else 0,
         seconds=None,
         outside=_outside(spec, canonical),
-        warnings=(*_warnings(spec, reduction, trials, distinct), *_memory_warnings(pack, most_members)),
+        warnings=(
+            *_warnings(spec, reduction, trials, distinct),
+            *_order_warnings(spec, workers),
+            *_memory_warnings(pack, most_members),
+        ),
     )
 
 
@@ -284,6 +291,16 @@ def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int 
             f"search.trials is {spec.search.trials}, but there are only {distinct} different runs: {trials} trials"
         )
     return [*found, *_asking_warnings(spec.search.method, trials)]
+
+
+def _order_warnings(spec: SweepSpec, workers: int) -> list[str]:
+    """That many workers in the reproducible order wait for the slowest of them."""
+    if spec.search.order == "asynchronous" or workers < _MANY_WORKERS:
+        return []
+    return [
+        f"search.order reproducible lets {workers:,} workers wait for the slowest job under way: where job times spread "
+        "by 30 %, 100 workers are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
+    ]
 
 
 def _asking_warnings(method: str, trials: int) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.scale_cluster import Workers
+from benchmarks.scale_cluster import Workers, in_use_at_best
 from benchmarks.scale_sim import Setting, main, measure
 
 FEW = Workers(6, node=3, job_s=60.0, fits=2, deaths=0.1, diverging=0.1, node_hours=0.2, losses=3)
@@ -54,3 +54,13 @@ def test_a_driver_that_takes_its_time_leaves_workers_idle():
     assert free.errors == slow.errors == {}
     assert slow.in_use < 0.5 < free.in_use
     assert slow.keeps_busy < 6 < free.keeps_busy
+
+
+def test_the_reproducible_order_waits_for_the_slowest_unless_it_looks_further_ahead(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert in_use_at_best(10, 11, 0.0, 200) == pytest.approx(1.0)
+    narrow, wide = (in_use_at_best(10, lanes, 0.5, 400) for lanes in (11, 40))
+    assert narrow < 0.8 < 0.95 < wide <= 1
+    main(["--lanes"])
+    assert len(capsys.readouterr().out.splitlines()) == 10

@@ -115,6 +115,15 @@ def test_a_sampler_that_workers_would_wait_for_is_warned_of(search, warning):
     assert warning is None or re.search(warning, found[0])
 
 
+@pytest.mark.parametrize(
+    ("order", "workers", "warned"),
+    [("reproducible", 31, False), ("reproducible", 32, True), ("asynchronous", 1000, False)],
+)
+def test_many_workers_in_the_reproducible_order_are_warned_of(order, workers, warned):
+    found = plan_of(search=f"order: {order}", workers=workers).warnings
+    assert [f"lets {workers:,} workers wait" in text for text in found] == [True] * warned
+
+
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 

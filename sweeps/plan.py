@@ -298,8 +298,8 @@ def _order_warnings(spec: SweepSpec, workers: int) -> list[str]:
     if spec.search.order == "asynchronous" or workers < _MANY_WORKERS:
         return []
     return [
-        f"search.order reproducible lets {workers:,} workers wait for the slowest job under way: where job times spread "
-        "by 30 %, 100 workers are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
+        f"search.order reproducible lets {workers:,} workers wait for the slowest job under way: where job times "
+        "spread by 30 %, 100 workers are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
     ]
 
 

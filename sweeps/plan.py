@@ -25,7 +25,7 @@ _PACKS_TO_LEARN_FROM = 8
 """An automatic pack leaves the sampler at least so many rounds to learn in."""
 
 
-_ASKING = {"gp": (1_000, 5.3, 3), "tpe": (10_000, 0.11, 1), "cmaes": (2_000, 0.0096, 1)}
+_ASKING = {"gp": (2_000, 33.0, 3), "tpe": (10_000, 0.11, 1), "cmaes": (2_000, 0.0096, 1)}
 """Trials known, seconds of one CPU core that the sampler then takes to suggest another, and the power of the trials
 that these grow with: docs/scale.md says how they were measured."""
 
@@ -299,7 +299,7 @@ def _order_warnings(spec: SweepSpec, workers: int) -> list[str]:
         return []
     return [
         f"search.order reproducible lets {workers:,} workers wait for the slowest job under way: where job times "
-        "spread by 30 %, 100 workers are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
+        "spread by 30 %, 100 are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
     ]
 
 

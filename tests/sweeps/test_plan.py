@@ -101,7 +101,7 @@ def test_what_is_not_as_it_seems_is_said(parameters, sections, warning):
         ("method: gp, trials: 1000", None),
         (
             "method: gp, trials: 2000",
-            r"some 42 s each at 2,000 and 6 h in all, .* wait; tpe or random take less",
+            r"some 33 s each at 2,000 and 5 h in all, .* wait; tpe or random take less",
         ),
         ("method: tpe, trials: 20000", None),
         ("method: tpe, trials: 100000", r"some 1\.1 s each at 100,000 and 15 h in all, .* random takes less"),

@@ -26,6 +26,7 @@ from sweeps.events import (
     SweepCreated,
     SweepEnded,
     SweepState,
+    without_losses,
 )
 from sweeps.home import Home, new_id
 from sweeps.interrupts import Interrupted, Interrupts
@@ -298,7 +299,7 @@ class _Driver:
             resumed: whether it had a driver before.
             trials: how many it is given in all; None for as many as it has.
         """
-        searcher, past = self._searcher(), self._ledger.read(self._sweep)
+        searcher, past = self._searcher(), [without_losses(each) for each in self._ledger.stream(self._sweep)]
         searcher.replay(past)
         self._progress.events(self._sweep, [record.event for record in past])
         extension = [] if trials is None else searcher.extend(trials)

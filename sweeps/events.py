@@ -220,3 +220,11 @@ class Record:
     seq: int
     at_s: float
     event: Event
+
+
+def without_losses(record: Record) -> Record:
+    """A record without training losses: most of what a sweep's events hold, and of use to MLflow alone."""
+    event = record.event
+    if isinstance(event, RungReported | MemberDiverged) and event.train_losses:
+        return Record(record.seq, record.at_s, event.model_copy(update={"train_losses": ()}))
+    return record

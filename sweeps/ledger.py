@@ -7,7 +7,7 @@ made again at any time.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,10 @@ _EVENTS = sa.Table(
     sa.Column("payload", sa.Text, nullable=False),
     sa.Index("events_of_sweep", "sweep", "seq"),
 )
+
+
+_PAGE = 2000
+"""Events that are read at once by who goes through them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +139,16 @@ class Ledger:
         with self.database.writing() as connection:
             entry.into(connection)
 
-    def read(self, sweep: str, *, after: int = 0) -> list[Record]:
-        """The events of a sweep in order, from those after a sequence number on."""
-        return [
-            Record(seq, at_s, self._event(seq, payload)) for seq, at_s, payload in self.read_raw(sweep, after=after)
-        ]
+    def read(self, sweep: str, *, after: int = 0, limit: int | None = None) -> list[Record]:
+        """The events of a sweep in order, from those after a sequence number on; at most `limit`."""
+        rows = self.read_raw(sweep, after=after, limit=limit)
+        return [Record(seq, at_s, self._event(seq, payload)) for seq, at_s, payload in rows]
+
+    def stream(self, sweep: str, *, after: int = 0) -> Iterator[Record]:
+        """The same a page at a time, for sweeps whose events would fill the memory; ends where the ledger then does."""
+        while page := self.read(sweep, after=after, limit=_PAGE):
+            yield from page
+            after = page[-1].seq
 
     def last_seqs(self, sweeps: Collection[str]) -> dict[str, int]:
         """The number of each sweep's last event."""

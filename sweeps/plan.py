@@ -25,6 +25,17 @@ _PACKS_TO_LEARN_FROM = 8
 """An automatic pack leaves the sampler at least so many rounds to learn in."""
 
 
+_ASKING = {"gp": (2_000, 33.0, 3), "tpe": (10_000, 0.11, 1), "cmaes": (2_000, 0.0096, 1)}
+"""Trials known, seconds of one CPU core that the sampler then takes to suggest another, and the power of the trials
+that these grow with: docs/scale.md says how they were measured."""
+
+_MANY_WORKERS = 32
+"""From so many on, waiting for the slowest of them costs more than a fifth to a half of their time."""
+
+_LONG_ASKING_S = 3600.0
+"""A search whose sampler takes longer than this in all is warned of."""
+
+
 class Outside(BaseModel):
     """What part of the user's space the search does not reach."""
 
@@ -161,7 +172,11 @@ def make_plan(spec: SweepSpec, reduction: Reduction, *, workers: int, most_membe
         certificates=min(spec.certify.classes, trials) if reduction.eliminated else 0,
         seconds=None,
         outside=_outside(spec, canonical),
-        warnings=(*_warnings(spec, reduction, trials, distinct), *_memory_warnings(pack, most_members)),
+        warnings=(
+            *_warnings(spec, reduction, trials, distinct),
+            *_order_warnings(spec, workers),
+            *_memory_warnings(pack, most_members),
+        ),
     )
 
 
@@ -279,4 +294,38 @@ def _warnings(spec: SweepSpec, reduction: Reduction, trials: int, distinct: int 
         found.append(
             f"search.trials is {spec.search.trials}, but there are only {distinct} different runs: {trials} trials"
         )
-    return found
+    return [*found, *_asking_warnings(spec.search.method, trials)]
+
+
+def _order_warnings(spec: SweepSpec, workers: int) -> list[str]:
+    """That many workers in the reproducible order wait for the slowest of them."""
+    if spec.search.order == "asynchronous" or workers < _MANY_WORKERS:
+        return []
+    return [
+        f"search.order reproducible lets {workers:,} workers wait for the slowest job under way: where job times "
+        "spread by 30 %, 100 are in use 59 % of the time and 1,000 are 47 % (docs/scale.md); asynchronous never waits"
+    ]
+
+
+def _asking_warnings(method: str, trials: int) -> list[str]:
+    """What the sampler takes of the driver, where that is much: for c n**p a suggestion, c n**(p+1) / (p+1) in all."""
+    if method not in _ASKING:
+        return []
+    known, seconds, power = _ASKING[method]
+    each_s = seconds * (trials / known) ** power
+    total_s = each_s * trials / (power + 1)
+    if total_s <= _LONG_ASKING_S:
+        return []
+    other = "tpe or random take" if method == "gp" else "random takes"
+    return [
+        f"search.method {method} takes longer to suggest a trial the more it knows: some {_rough(each_s)} each at "
+        f"{trials:,} and {_rough(total_s)} in all, on one core of the driver, while workers wait; {other} less"
+    ]
+
+
+def _rough(seconds: float) -> str:
+    """A time in the unit that it is read in, to one digit or two."""
+    for size, unit in ((86_400.0, "days"), (3_600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):,.0f} {unit}"
+    return f"{seconds:.2g} s"

@@ -27,6 +27,9 @@ _MARKERS = {"finished": "o", "pruned": "v"}
 TWIN_COLOURS = ("#d1495b", "#edae49", "#00798c", "#7768ae", "#30638e", "#8d6a9f", "#4f772d", "#bc4749")
 _MOST_TICKS = 12
 
+_MOST_MARKS = 2000
+"""Marks of a kind in a panel that stay shapes; more become a picture, or a page of 100,000 would not open."""
+
 Point = tuple[Configuration, str, float | None]
 
 
@@ -151,10 +154,14 @@ def _scatter(axis: Any, points: Sequence[Point], norm: Any, goal: str) -> Any:
             lrs, init_scales, values = zip(*measured, strict=True)
             cmap = "viridis_r" if goal == "maximize" else "viridis"
             size = 42 if state == "finished" else 18
-            shown = axis.scatter(lrs, init_scales, c=values, norm=norm, cmap=cmap, marker=marker, s=size)
+            many = len(lrs) > _MOST_MARKS
+            shown = axis.scatter(
+                lrs, init_scales, c=values, norm=norm, cmap=cmap, marker=marker, s=size, rasterized=many
+            )
     lost = [(c.lr, c.init_scale) for c, s, _ in points if s in ("diverged", "failed")]
     if lost:
-        axis.scatter(*zip(*lost, strict=True), marker="x", color="#888888", s=24)
+        many = len(lost) > _MOST_MARKS
+        axis.scatter(*zip(*lost, strict=True), marker="x", color="#888888", s=24, rasterized=many)
     return shown
 
 

@@ -40,7 +40,7 @@ from sweeps.events import (
     TrialAsked,
     TrialTold,
 )
-from sweeps.records import fold
+from sweeps.records import SweepRecord, fold, fold_into
 from sweeps.reduction import Reduction
 from sweeps.secrecy import hide_passwords
 from sweeps.spec import SweepSpec
@@ -149,7 +149,7 @@ class Projection:
 
     def __init__(self, sweep: str) -> None:
         self._sweep = sweep
-        self._seen: list[Record] = []
+        self._record: SweepRecord | None = None
         self._children: dict[int, _Child] = {}
         self._writes: dict[RunKey, RunWrite] = {}
         self._reduction: Reduction | None = None
@@ -158,7 +158,10 @@ class Projection:
         """The writes that a batch of events asks for, the parent's last; the batches must come in order."""
         self._writes = {}
         for record in records:
-            self._seen.append(record)
+            if self._record is None:
+                self._record = fold(self._sweep, [record])
+            else:
+                fold_into(self._record, [record])
             self._apply(record)
         return sorted(self._writes.values(), key=lambda write: write.key.role == "sweep")
 
@@ -194,7 +197,7 @@ class Projection:
     # -- the parent
 
     def _parent(self) -> RunWrite:
-        return self._write(RunKey("sweep"), self._sweep, _ms(self._seen[0].at_s))
+        return self._write(RunKey("sweep"), self._sweep, _ms(self._known.created_at_s))
 
     def _create(self, created: SweepCreated) -> None:
         spec = SweepSpec.model_validate(created.spec)
@@ -206,7 +209,7 @@ class Projection:
             "lora_sweeps.state": "running",
             TRIALS_TAG: str(created.plan["trials"]),
             ARTIFACTS_TAG: ARTIFACTS_WAIT,
-            "mlflow.note.content": description(fold(self._sweep, self._seen)),
+            "mlflow.note.content": description(self._known),
         }
         write.artifacts |= {
             "spec.yaml": hide_passwords(created.spec_text),
@@ -215,7 +218,7 @@ class Projection:
         }
 
     def _extend(self, extended: SweepExtended) -> None:
-        plan = fold(self._sweep, self._seen).plan
+        plan = self._known.plan
         write = self._parent()
         write.tags |= {TRIALS_TAG: str(extended.trials), ARTIFACTS_TAG: ARTIFACTS_WAIT}
         write.artifacts["plan.json"] = hide_passwords(json.dumps(plan.model_dump(mode="json"), indent=2))
@@ -227,7 +230,7 @@ class Projection:
                 write = self._child(trial)
                 write.status, write.end_ms = "KILLED", at_ms
                 write.tags |= {"lora_sweeps.state": ended.state, "lora_sweeps.reason": f"the sweep was {ended.state}"}
-        record = fold(self._sweep, self._seen)
+        record = self._known
         write = self._parent()
         write.status, write.end_ms = _STATUS_OF_SWEEP[ended.state], at_ms
         write.tags |= {"lora_sweeps.state": ended.state, "mlflow.note.content": description(record)}
@@ -298,6 +301,12 @@ class Projection:
             write.add("train/loss", enumerate(twin.losses, start=1), at_ms)
 
     # -- shared
+
+    @property
+    def _known(self) -> SweepRecord:
+        """All that was projected so far, and the event that is being projected."""
+        assert self._record is not None, "an event comes first"
+        return self._record
 
     @property
     def _reduced(self) -> Reduction:

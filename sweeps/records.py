@@ -46,7 +46,7 @@ class TrialRecord:
         state: `waiting` until it has come to its end.
         value: the objective at its end; None where it never reported a finite one.
         reason: why it was pruned, diverged or failed.
-        rungs: what it reported, oldest first.
+        rungs: what it reported, oldest first; training losses are left out, for they would fill the memory.
         asked_at_s, told_at_s: seconds since the epoch.
     """
 
@@ -182,7 +182,7 @@ class SweepRecord:
 
 def read_sweep(ledger: Ledger, sweep: str) -> SweepRecord:
     """Reads a sweep from the ledger by its id."""
-    return fold(sweep, ledger.read(sweep))
+    return fold(sweep, ledger.stream(sweep))
 
 
 def fold(sweep: str, records: Iterable[Record]) -> SweepRecord:
@@ -223,7 +223,8 @@ def _apply(state: SweepRecord, record: Record) -> None:
             state.jobs_started[started.job] = started
             state.jobs_ended.pop(started.job, None)  # one whose node vanished is started again
         case RungReported() as reported:
-            state.trials[reported.trial].rungs.append(reported)
+            # Without its losses, which are nearly all that a sweep's events hold; they are read from these.
+            state.trials[reported.trial].rungs.append(reported.model_copy(update={"train_losses": ()}))
         case JobEnded() as ended:
             state.jobs_ended[ended.job] = ended
             state.progress_seq = record.seq

@@ -46,6 +46,9 @@ _MOST_LEVERAGE = 0.95
 _LEAST_ERROR = 1e-9
 """Of ln(lr); for trials that lie on a quadratic exactly."""
 
+_AT_ONCE = 2**24
+"""Signs drawn at once: with many trials the replicates are made some at a time."""
+
 _NODES = 129
 """Points of the other dimensions at which the surface is searched, in all."""
 
@@ -258,8 +261,10 @@ def _replicated_minima(tables: Sequence[_Table], needed: int, rng: np.random.Gen
     leverage = np.minimum(np.einsum("nk,kn->n", design, solve), _MOST_LEVERAGE)
     fitted = solve @ y
     residuals = (y - design @ fitted) / (1 - leverage)
-    signs = rng.choice([-1.0, 1.0], size=(REPLICATES, n))
-    coefficients = np.concatenate([fitted[None], fitted + (signs * residuals) @ solve.T])
+    some = max(1, _AT_ONCE // n)
+    sizes = [min(some, REPLICATES - first) for first in range(0, REPLICATES, some)]
+    drawn = [(rng.choice([-1.0, 1.0], size=(size, n)) * residuals) @ solve.T for size in sizes]
+    coefficients = np.concatenate([fitted[None], *(fitted + each for each in drawn)])
     g = coefficients[:, ranks : ranks * (1 + d)].reshape(-1, d, ranks).transpose(0, 2, 1)
     h = np.zeros((len(coefficients), d, d))
     for column, (i, j) in enumerate(pairs, start=ranks * (1 + d)):

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sweeps import collapse
 from sweeps.canonical import Continuous, TrialSpace
@@ -136,6 +137,7 @@ class PackSearcher:
         self._orphans: deque[int] = deque()
         self._losses: Counter[int] = Counter()
         self._ended: set[int] = set()
+        self._untried: Iterator[dict[str, float]] | None = None
         self._recorded_asks: dict[int, TrialAsked] = {}
         self._recorded_ends: set[int] = set()
         self._events: list[Event] = []
@@ -380,8 +382,9 @@ class PackSearcher:
                 return None
             names.append(dimension.name)
             axes.append(dimension.values)
-        points = (dict(zip(names, values, strict=True)) for values in product(*axes))
-        return next((point for point in points if self._space.trial(point)[1] not in self._trial_of_class), None)
+        if self._untried is None:  # what is known stays known, so that the points are gone through once
+            self._untried = (dict(zip(names, values, strict=True)) for values in product(*axes))
+        return next((p for p in self._untried if self._space.trial(p)[1] not in self._trial_of_class), None)
 
     # -- applying
 
@@ -451,7 +454,7 @@ class PackSearcher:
             self._check_breaker()
 
     def _check_breaker(self) -> None:
-        if len(self._failures) >= _BREAKER and len(set(self._failures)) == 1 and not self._succeeded:
+        if not self._succeeded and len(self._failures) >= _BREAKER and len(set(self._failures)) == 1:
             self.paused = f"the first {_BREAKER} trials failed alike: {self._failures[0]}"
 
     # -- orders and events
@@ -463,7 +466,7 @@ class PackSearcher:
         return JobOrder(
             job=job,
             work=pack.work,
-            spec=self._spec.model_dump(mode="json"),
+            spec=self._spec_as_json,
             cache=None if self._cache is None else str(self._cache),
             checkpoints=self._checkpoints,
             members=tuple(
@@ -479,6 +482,10 @@ class PackSearcher:
             start=pack.start,
             stop=pack.stop,
         )
+
+    @cached_property
+    def _spec_as_json(self) -> dict[str, Any]:
+        return self._spec.model_dump(mode="json")
 
     def _commit(self) -> None:
         events, self._events = self._events, []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ class Study:
         self._study = optuna.create_study(
             direction=goal, pruner=_pruner(search), sampler=optuna.samplers.RandomSampler()
         )
+        self._halving = _Halving(search.pruner, goal) if isinstance(search.pruner, SuccessiveHalving) else None
         self._open: dict[int, Trial] = {}
         self._count = 0
 
@@ -132,10 +134,9 @@ class Study:
             self._open[number].report(value, report_step)
         if step == self._rungs[-1]:
             return frozenset()
-        before = {number: self._frozen(number) for number in values}
-        for number in values:
-            self._open[number].should_prune()  # makes successive halving enter the trial at this rung
-        return frozenset(n for n, frozen in before.items() if self._study.pruner.prune(self._study, frozen))
+        if self._halving is not None:
+            return self._halving.prune(step, values)
+        return frozenset(n for n in values if self._study.pruner.prune(self._study, self._frozen(n)))
 
     def tell(self, number: int, state: Ending, value: float | None) -> None:
         """Closes a trial.
@@ -156,6 +157,28 @@ class Study:
     def _frozen(self, number: int) -> optuna.trial.FrozenTrial:
         trial = self._open[number]
         return trial.storage.get_trial(trial._trial_id)
+
+
+class _Halving:
+    """Optuna's rule of successive halving, over values that are kept in order.
+
+    Optuna's own pruner goes through all trials for each decision, which at 100,000 of them is a tenth of a second a
+    trial. The rule is the same, and a test holds the two to each other: a trial goes on if its value is among the best
+    1 in `factor` of all that were reported at the rung, its own counted once more; the first `factor` - 1 go on if they
+    are the best.
+    """
+
+    def __init__(self, pruner: SuccessiveHalving, goal: Goal) -> None:
+        self._factor, self._sign = pruner.reduction_factor, 1 if goal == "minimize" else -1
+        self._ranked: dict[int, list[float]] = {}
+
+    def prune(self, step: int, values: Mapping[int, float]) -> frozenset[int]:
+        """Enters a pack's values at a rung, and returns the numbers of those that do not go on."""
+        ranked = self._ranked.setdefault(step, [])
+        for value in values.values():
+            insort(ranked, self._sign * value)
+        last = max(0, (len(ranked) + 1) // self._factor - 1)
+        return frozenset(n for n, value in values.items() if bisect_left(ranked, self._sign * value) > last)
 
 
 def _seed(seed: int, number: int) -> int:

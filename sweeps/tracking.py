@@ -14,6 +14,8 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -160,21 +162,20 @@ class Outbox:
     def deliver(self) -> None:
         """Brings MLflow up to the end of the ledger, or raises."""
         try:
-            pending = self._open() if self._runs is None else self._ledger.read(self._sweep, after=self._seen)
-            while pending:
-                self._deliver_batch(pending[:_BATCH])
-                pending = pending[_BATCH:] or self._ledger.read(self._sweep, after=self._seen)
+            if self._runs is None:
+                self._open()
+            while batch := self._ledger.read(self._sweep, after=self._seen, limit=_BATCH):
+                self._deliver_batch(batch)
             if self._owed and self.note is None:
                 self._deliver_artifacts()  # last: metrics never wait for files
         except BaseException:
             self._runs = None
             raise
 
-    def _open(self) -> list[Record]:
-        """Finds the sweep in MLflow and returns what it has yet to be told: everything, if a run has disappeared."""
-        records = self._ledger.read(self._sweep)
+    def _open(self) -> None:
+        """Finds the sweep in MLflow, and how far it has been told: of nothing, if a run has disappeared."""
         self._projection, self._entered, up_to = Projection(self._sweep), {}, 0
-        for record in records:
+        for record in self._ledger.stream(self._sweep):
             if isinstance(record.event, Delivered):
                 up_to = record.event.up_to
                 self._entered |= {RunKey("trial", str(n)): run for n, run in record.event.trial_run_ids.items()}
@@ -184,12 +185,12 @@ class Outbox:
         )
         if not self._runs.has(self._entered):
             self._entered, up_to = {}, 0
-        told = self._projection.project(record for record in records if record.seq <= up_to)
         self._owed, self.note = {}, None
-        if self._runs.owes_artifacts:
-            self._owed = {path: artifact for write in told for path, artifact in write.artifacts.items()}
+        for told in _batches(self._ledger.stream(self._sweep), up_to):
+            for write in self._projection.project(told):
+                if self._runs.owes_artifacts:
+                    self._owed |= write.artifacts
         self._seen = up_to
-        return [record for record in records if record.seq > up_to]
 
     def _deliver_batch(self, batch: list[Record]) -> None:
         assert self._runs is not None
@@ -266,6 +267,13 @@ class Outbox:
         else:
             client.set_tag(parent, ARTIFACTS_TAG, ARTIFACTS_DELIVERED)
             self._owed = {}
+
+
+def _batches(records: Iterable[Record], up_to: int) -> Iterator[list[Record]]:
+    """The records up to a number, some at a time: what is made of them all at once would fill the memory."""
+    told = takewhile(lambda record: record.seq <= up_to, records)
+    while batch := list(islice(told, _BATCH)):
+        yield batch
 
 
 def _connect(uri: str) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from sweeps import ledger as ledger_module
 from sweeps.errors import StateError, SweepNotFoundError
 from sweeps.events import Certified, DriverStarted, JobStarted, MemberDiverged, RungReported, TrialTold
 from sweeps.ledger import Ledger
@@ -56,6 +57,19 @@ def test_events_come_back_in_order_and_from_where_one_asks(ledger):
     assert [record.seq for record in records] == sorted({record.seq for record in records})
     assert ledger.read("s", after=records[1].seq) == records[2:]
     assert ledger.read("s", after=records[-1].seq) == []
+
+
+def test_a_stream_is_all_that_is_there_page_by_page(ledger, monkeypatch):
+    monkeypatch.setattr(ledger_module, "_PAGE", 3)
+    for number in range(8):  # pages of 3, 3, 3 and none
+        ledger.append("s", [job(number)])
+    assert list(ledger.stream("s")) == ledger.read("s")
+    assert list(ledger.stream("s", after=ledger.read("s")[3].seq)) == ledger.read("s")[4:]
+    assert ledger.read("s", limit=2) == ledger.read("s")[:2]
+    stream = ledger.stream("s")
+    first = next(stream)
+    ledger.append("s", [job(8)])  # what comes while it is read is read too
+    assert [first, *stream] == ledger.read("s")
 
 
 def test_sweeps_do_not_see_each_other(ledger):

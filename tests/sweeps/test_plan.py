@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -92,6 +93,35 @@ def test_what_is_not_as_it_seems_is_said(parameters, sections, warning):
     found = plan_of(parameters, **sections).warnings
     assert len(found) == 1
     assert warning in found[0]
+
+
+@pytest.mark.parametrize(
+    ("search", "warning"),
+    [
+        ("method: gp, trials: 1000", None),
+        (
+            "method: gp, trials: 2000",
+            r"some 33 s each at 2,000 and 5 h in all, .* wait; tpe or random take less",
+        ),
+        ("method: tpe, trials: 20000", None),
+        ("method: tpe, trials: 100000", r"some 1\.1 s each at 100,000 and 15 h in all, .* random takes less"),
+        ("method: cmaes, trials: 100000", r"search\.method cmaes takes longer to suggest a trial the more it knows"),
+        ("method: random, trials: 1000000", None),
+    ],
+)
+def test_a_sampler_that_workers_would_wait_for_is_warned_of(search, warning):
+    found = plan_of(search=search).warnings
+    assert len(found) == (warning is not None)
+    assert warning is None or re.search(warning, found[0])
+
+
+@pytest.mark.parametrize(
+    ("order", "workers", "warned"),
+    [("reproducible", 31, False), ("reproducible", 32, True), ("asynchronous", 1000, False)],
+)
+def test_many_workers_in_the_reproducible_order_are_warned_of(order, workers, warned):
+    found = plan_of(search=f"order: {order}", workers=workers).warnings
+    assert [f"lets {workers:,} workers wait" in text for text in found] == [True] * warned
 
 
 # -- trials ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lora_core.gauge import Gauge, regauge, scaling_of
+from sweeps import response_surface
 from sweeps.rank_scaling import RankScaling, answer, conventions
 from sweeps.response_surface import Observation, fit_lr
 from sweeps.space import Configuration
@@ -158,6 +159,15 @@ def test_more_is_better_gives_the_same_answer_upside_down():
 
 def test_the_same_trials_give_the_same_answer():
     assert asked(trials(valley(-0.5))) == asked(trials(valley(-0.5)))
+
+
+def test_replicates_made_some_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    whole = asked(trials(valley(-0.5)))
+    monkeypatch.setattr(response_surface, "_AT_ONCE", 64 * len(RANKS) * 16)
+    some = asked(trials(valley(-0.5)))
+    assert some.flattest == whole.flattest
+    for one, other in zip(some.conventions, whole.conventions, strict=True):
+        assert (one.low, one.high, one.share) == pytest.approx((other.low, other.high, other.share), rel=1e-9)
 
 
 def test_trials_without_noise_are_no_trouble():

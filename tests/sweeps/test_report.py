@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sweeps import plots
 from sweeps.collapse import Certificate, TwinVerdict
 from sweeps.events import JobEnded, JobStarted, RungReported, SweepCreated, SweepEnded, TrialAsked, TrialTold
 from sweeps.ledger import Ledger
@@ -291,3 +292,11 @@ def test_a_distance_is_shown_with_what_a_reader_should_know_beside_it(tmp_path: 
     assert "1.5 (judged to step 1 of 2, where rounding takes over)" in markdown
     assert "(identical up to rounding in float64)" in markdown
     assert "(compared to step 1 of 2, where the loss leaves all bounds)" in markdown
+
+
+def test_marks_beyond_counting_become_a_picture():
+    points = [(Configuration(rank=4, alpha=16.0, lr=1e-3 * n, init_scale=1.0), "pruned", n / 7) for n in range(1, 2002)]
+    few, many = (plots.search(some, metric="eval/loss", goal="minimize") for some in (points[:100], points))
+    assert few.count("<image") == many.count("<image") - 1  # the colour bar is one too
+    assert len(many) < 2 * len(few)
+    assert many == plots.search(points, metric="eval/loss", goal="minimize")

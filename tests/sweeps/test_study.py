@@ -1,7 +1,10 @@
 import math
 from itertools import permutations
 
+import optuna
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sweeps.canonical import Continuous, Dimension, Integer, Ordinal
 from sweeps.spec import MedianPruner, NoPruner, SearchSpec, SuccessiveHalving
@@ -251,3 +254,32 @@ def test_the_median_pruner_waits_for_trials_that_finished():
         study.tell(number, "finished", value)
     better, worse = open_pack(study, 2)
     assert study.prune(RUNGS[0], {better: 1.9, worse: 2.1}) == {worse}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.5, -1.0]) | st.floats(-9, 9), min_size=1, max_size=6)),
+    st.integers(2, 4),
+    st.sampled_from(["minimize", "maximize"]),
+)
+def test_successive_halving_decides_as_optunas_own_pruner(packs, factor, goal):
+    """Optuna's is entered whole packs first, as `Study.prune` promises."""
+    search = SuccessiveHalving(type="successive_halving", reduction_factor=factor)
+    study = make_study(pruner=search, goal=goal)
+    theirs = optuna.create_study(direction=goal, pruner=optuna.pruners.SuccessiveHalvingPruner(1, factor))
+    under_way: dict[int, optuna.trial.Trial] = {}
+    for pack in packs:
+        numbers = open_pack(study, len(pack))
+        under_way |= {number: theirs.ask() for number in numbers}
+        values = dict(zip(numbers, pack, strict=True))
+        for place, rung in enumerate(RUNGS[:-1]):
+            for number, value in values.items():
+                under_way[number].report(value, factor**place)
+            frozen = {number: under_way[number].storage.get_trial(under_way[number]._trial_id) for number in values}
+            for number in values:
+                under_way[number].should_prune()  # enters it at the rung
+            pruned = {number for number, each in frozen.items() if theirs.pruner.prune(theirs, each)}
+            assert study.prune(rung, values) == pruned
+            values = {number: -value for number, value in values.items() if number not in pruned}
+            if not values:
+                break

@@ -19,6 +19,10 @@ from tests.support import SMALL_SPEC, Done, Here, run_cli
 # Whoever starts the tests in the background of a shell has them ignore Ctrl-C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; read by torch when it is first imported, here and in what tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run, whatever is left on the machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("same", derandomize=True, database=None, deadline=None, print_blob=True)
 settings.register_profile("explore", database=None, deadline=None, print_blob=True)

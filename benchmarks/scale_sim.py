@@ -63,7 +63,8 @@ from sweeps.search import PackSearcher
 from sweeps.spec import SpecDocument, parse_spec
 from sweeps.study import Study
 from sweeps.tracking import Outbox
-from tests.sweeps.mlflow_support import free_port, server
+from tests.support import free_port
+from tests.sweeps.mlflow_support import server
 
 TRIALS = (1_000, 3_000, 10_000)
 KNOWN = {"gp": (100, 300, 1_000), "tpe": (100, 1_000, 10_000), "cmaes": (100, 1_000), "random": (100, 1_000, 10_000)}

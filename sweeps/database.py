@@ -40,6 +40,7 @@ _AWAY = {
     "08004": "sqlserver_rejected_establishment_of_sqlconnection",
     "08006": "connection_failure",
     "25006": "read_only_sql_transaction",  # a standby that has not been promoted yet
+    "25P03": "idle_in_transaction_session_timeout",  # a driver whose machine stood still
     "53300": "too_many_connections",
     "57014": "query_canceled",  # statement_timeout: a lock of a session that is gone, a disk that does not answer
     "57P01": "admin_shutdown",

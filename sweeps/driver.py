@@ -33,7 +33,7 @@ from sweeps.interrupts import Interrupted, Interrupts
 from sweeps.jobs import JobOrder, JobResult
 from sweeps.ledger import Ledger
 from sweeps.patience import PatientLedger
-from sweeps.plan import Plan, extended, make_plan, trial_space
+from sweeps.plan import Plan, extended, make_plan, most_workers, trial_space
 from sweeps.records import SweepRecord, read_sweep
 from sweeps.reduction import Reduction
 from sweeps.search import PackSearcher
@@ -172,7 +172,8 @@ def start(
     progress.stage("checking the spec against the model and the data")
     document = with_dtype(document)
     spec = document.spec
-    plan = plan_sweep(document, home)
+    # A cluster's workers are none of this machine, and are planned for once it is there.
+    plan = plan_sweep(document, home, place=None if address is None else Elsewhere(None, 0.0))
     uri = spec.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     experiment = spec.tracking.experiment or spec.name
     tracking.check_tracking(uri, experiment)
@@ -184,7 +185,10 @@ def start(
         checkpoints, found = storage.configured_place() or "", nodes.look()
         resources = _resources(found, spec, checkpoints or str(home.path))
         if address is not None:
-            plan = _plan_for(found, resources, document, home)
+            plan = _plan_for(found, resources, document, home, trials=plan.trials)
+            if found.growth is not None and len(found.nodes) == 1 and not storage.is_url(checkpoints):
+                place = checkpoints or home.path
+                plan = plan.with_warning(f"nodes that join must see {place}; none is there yet, so it was not tried")
         sweep = sweep or new_id(name or spec.name)
         created = SweepCreated(
             name=name or spec.name,
@@ -260,9 +264,15 @@ def _resources(found: nodes.Cluster, spec: SweepSpec, checkpoints: str) -> nodes
     return resources
 
 
-def _plan_for(found: nodes.Cluster, resources: nodes.Resources, document: SpecDocument, home: Home) -> Plan:
+def _plan_for(
+    found: nodes.Cluster, resources: nodes.Resources, document: SpecDocument, home: Home, *, trials: int
+) -> Plan:
     """The plan for the connected cluster, whose nodes may have other memory than this machine."""
-    workers = found.workers(resources, document.spec.compute.workers)
+    wanted = document.spec.compute.workers
+    workers = found.workers(resources, wanted)
+    if wanted == "auto":
+        # Nodes are not added for so many workers that the sampler would have nothing to learn from.
+        workers = max(found.room_now(resources), min(workers, most_workers(document.spec, trials)))
     place = Elsewhere(nodes.worker_bytes(found, resources, workers), resources.gpus)
     plan = plan_sweep(document, home, workers=workers, place=place)
     unused = found.unused(resources) if document.spec.compute.gpus_per_worker == "auto" else ""

@@ -25,12 +25,16 @@ from typing import Any, Protocol
 from sweeps.errors import ClusterError
 from sweeps.jobs import JobErrorKind, JobOrder, JobResult
 from sweeps.nodes import Resources, WorkerWatch, answers
+from sweeps.secrecy import hide_passwords
 
 _CONNECT_TIMEOUT_S = 10
 _OBJECT_STORE_BYTES = 100 * 2**20
 
 _NODE_DIED = "node has died"
 """What Ray's error of a lost actor says where it is the node that died (`gcs_actor_manager.cc`)."""
+
+_OUT_OF_MEMORY = ("running low on memory", "NODE_OUT_OF_MEMORY")
+"""What it says where its memory monitor has ended a worker."""
 
 _QUIET = {
     # Read by Ray when it is first imported, and inherited by the processes it starts.
@@ -168,6 +172,8 @@ def _polling(poll: Callable[[], None], adapter: Any, watch: WorkerWatch) -> Any:
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
             poll()
+            if adapter.error is not None and not self._with_worker:
+                raise adapter.error  # else Tune would wait for workers of jobs whose results nobody can take
             watch.look(len(self._with_worker))
             adapter.trials = trials
             adapter.look_ahead()
@@ -256,14 +262,18 @@ def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
     import ray
 
     died = "the worker's process ended before its job did"
-    error = None if trial is None else _error_of(trial)
+    error, said = (None, "") if trial is None else (_error_of(trial), _words_of(trial))
+    if any(sign in said for sign in _OUT_OF_MEMORY):
+        return "oom", "Ray ended the worker because its node ran low on memory"
+    if isinstance(error, ray.exceptions.RayTaskError):  # it lives, and what it raised is none of a job's errors
+        return "error", said
     if not isinstance(error, ray.exceptions.RayActorError):
-        return "worker_died", died
+        return "worker_died", f"{died}: {_last_line(said)}" if said else died
     node = _actor(error).get("Address", {}).get("NodeID", "")
     if error.preempted or _NODE_DIED in str(error) or (node and not answers(node)):
         taken = "was taken away (preempted)" if error.preempted else "vanished"
         return "node_lost", f"the node of the worker {taken} before the job was done"
-    return "worker_died", died
+    return "worker_died", f"{died}: {_last_line(said)}"
 
 
 def _actor(error: Any) -> dict[str, Any]:
@@ -283,6 +293,19 @@ def _error_of(trial: Any) -> BaseException | None:
     except (OSError, TypeError):  # none was kept, and so has no name
         return None
     return error if isinstance(error, BaseException) else None
+
+
+def _words_of(trial: Any) -> str:
+    """What Tune has written down of a trial's error, whatever its kind; passwords hidden."""
+    try:
+        with open(trial.error_file, encoding="utf-8", errors="replace") as file:
+            return hide_passwords(file.read())
+    except (OSError, TypeError):
+        return ""
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason is known")
 
 
 @contextlib.contextmanager

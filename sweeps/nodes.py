@@ -151,7 +151,9 @@ def ask(
             answers.append(Answer(node, ray.get(reference)))
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            answers.append(Answer(node, None, f"{type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"))
+            answers.append(
+                Answer(node, None, f"{type(cause).__name__}: {(str(cause).strip() or 'no words').splitlines()[-1]}")
+            )
     return answers
 
 
@@ -198,10 +200,14 @@ class Cluster:
             wanted: as the spec says. Where nodes can be added, `auto` is as many as there can ever be; where none can,
                 no more are waited for than there is room for now.
         """
-        now = sum(room(node, resources) for node in self.nodes)
+        now = self.room_now(resources)
         if self.growth is not None:
             return max(1, now, self._at_most(resources)) if wanted == "auto" else wanted
         return max(1, now if wanted == "auto" else min(wanted, now))
+
+    def room_now(self, resources: Resources) -> int:
+        """How many workers its living nodes have room for."""
+        return sum(room(node, resources) for node in self.nodes)
 
     def unused(self, resources: Resources) -> str:
         """What of the cluster its workers leave alone because it has no GPUs; empty where there is nothing."""
@@ -306,8 +312,8 @@ def check_storage(place: str) -> None:
         StorageError: it cannot be written here.
         ClusterError: a node sees another directory there, or none, or cannot use it.
     """
-    nodes = living_nodes()
-    if len(nodes) == 1 and not storage.is_url(place):
+    if len(living_nodes()) == 1:
+        storage.probe(place)
         return
     storage.leave_mark(place, mark := f"probe-{secrets.token_hex(8)}")
     answers = []

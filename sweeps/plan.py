@@ -216,6 +216,15 @@ def _distinct(spec: SweepSpec, canonical: CanonicalSpace, classes: int | None) -
     return classes if spec.search.method == "grid" else canonical.size
 
 
+def most_workers(spec: SweepSpec, trials: int) -> int:
+    """So many workers can do something for a sweep in packs of one trial, and leave its sampler rounds to learn in."""
+    return max(1, math.ceil(trials / _rounds(spec)))
+
+
+def _rounds(spec: SweepSpec) -> int:
+    return 1 if spec.search.method in ("grid", "random") else _PACKS_TO_LEARN_FROM
+
+
 def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int | None) -> int:
     """The pack size of the spec; automatic: the largest power of two that memory, the sampler and the workers like."""
     if spec.compute.pack != "auto":
@@ -227,7 +236,7 @@ def _pack_size(spec: SweepSpec, trials: int, workers: int, most_members: int | N
                 "pack: auto, or fewer workers"
             )
         return pack
-    rounds = 1 if spec.search.method in ("grid", "random") else _PACKS_TO_LEARN_FROM
+    rounds = _rounds(spec)
     limit = _LARGEST_AUTO_PACK if most_members is None else min(most_members, _LARGEST_AUTO_PACK)
     wanted = max(1, min(limit, trials // max(rounds, workers)))
     return int(2 ** math.floor(math.log2(wanted)))

@@ -29,6 +29,8 @@ _VARIABLE = "LORA_SWEEPS_CHECKPOINTS"
 _WHOLE_OBJECTS = ("s3", "gcs", "abfs")
 """pyarrow's file systems in which nobody sees half of what is being written."""
 
+_GCS_LIMIT = "retry_limit_seconds"
+
 _PATIENCE_S = 300.0
 """How long a store that was reached before may be away, until whoever asked is told."""
 
@@ -189,7 +191,9 @@ def leave_mark(place: str, name: str) -> None:
     """
     try:
         _marks(place).write(name, name.encode())
-    except OSError as error:
+    except StorageError:
+        raise
+    except Exception as error:  # fsspec's file systems raise what they like
         raise _refused(place, "written to", error) from None
 
 
@@ -206,7 +210,9 @@ def check_mark(place: str, name: str) -> None:
             f"checkpoints must lie where all nodes see them; what was written to {place} elsewhere is not there: "
             "use a directory that all nodes share, or an object store"
         ) from None
-    except OSError as error:
+    except StorageError:
+        raise
+    except Exception as error:
         raise _refused(place, "read", error) from None
     if found != name.encode():
         raise StorageError(f"{place} must give back what was written to it; it gave {len(found)} other bytes")
@@ -220,7 +226,9 @@ def remove_mark(place: str, name: str) -> None:
     """
     try:
         _marks(place).remove(name)
-    except OSError as error:
+    except StorageError:
+        raise
+    except Exception as error:
         raise _refused(place, "cleared", error) from None
 
 
@@ -228,10 +236,10 @@ def _marks(place: str) -> Files:
     return RemoteFiles(place, "probes", patience_s=0.0) if is_url(place) else LocalFiles(Path(place))
 
 
-def _refused(place: str, what: str, error: OSError) -> StorageError:
+def _refused(place: str, what: str, error: Exception) -> StorageError:
     return StorageError(
         f"checkpoints must lie where every worker can read and write; {place} cannot be {what}: "
-        f"{hide_passwords(str(error))}; mend that, or set {_VARIABLE} to another place"
+        f"{hide_passwords(str(error) or type(error).__name__)}; mend that, or set {_VARIABLE} to another place"
     )
 
 
@@ -245,6 +253,9 @@ def _opened(place: str) -> tuple[Any, str]:
     import pyarrow
     import pyarrow.fs
 
+    if urlsplit(place).scheme in ("gs", "gcs") and _GCS_LIMIT not in place:
+        # Else pyarrow itself waits for a quarter of an hour, and nobody can interrupt it.
+        place += f"{'&' if '?' in place else '?'}{_GCS_LIMIT}=15"
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(place)
     except pyarrow.ArrowInvalid:  # no scheme of pyarrow's

@@ -227,7 +227,8 @@ def check_artifact_location(location: str) -> None:
         raise TrackingError(
             "the experiment's files must have a place that can be written from here; they go to "
             f"{hide_passwords(location)}, which needs the Python package {package}; install it beside lora-sweeps, or "
-            "start MLflow's server with --serve-artifacts and --artifacts-destination, so that it writes them itself"
+            "start MLflow's server with --serve-artifacts and --artifacts-destination, so that it writes them itself. "
+            "An experiment keeps the place it was made with, so then name a new one, of `mlflow experiments create`"
         )
 
 

@@ -79,9 +79,9 @@ def test_nodes_that_do_not_see_the_state_directory_are_named_and_nothing_is_begu
         cluster.join("127.63.0.2", "127.63.0.3", inside={"127.63.0.2": elsewhere, "127.63.0.3": elsewhere})
         done = run_cli("run", "spread.yaml", "--address", cluster.address, cwd=tmp_path, **cluster.access)
     assert done.returncode == 2, done.stderr
-    assert "the state directory must be seen from every node" in done.stderr
-    assert "is not seen from 127.63.0.2, 127.63.0.3: set LORA_SWEEPS_HOME" in done.stderr.replace(
-        "127.63.0.3, 127.63.0.2", "127.63.0.2, 127.63.0.3"
-    )
+    assert "checkpoints must lie where every node reads and writes" in done.stderr
+    assert "127.63.0.2: " in done.stderr
+    assert "127.63.0.3: " in done.stderr
+    assert "set LORA_SWEEPS_HOME to a directory that all nodes share, or LORA_SWEEPS_CHECKPOINTS" in done.stderr
     assert "Traceback" not in done.stderr
     assert run_cli("list", cwd=tmp_path).stdout == ""

@@ -198,3 +198,23 @@ def test_a_sweep_whose_bucket_is_not_there_is_refused_before_it_begins(s3: S3, t
     assert "Traceback" not in refused.stderr
     with Ledger.in_directory(tmp_path / ".lora-sweeps") as ledger:
         assert ledger.sweeps() == []
+
+
+def test_a_place_of_one_machine_is_tried_out_too(tmp_path: Path):
+    (tmp_path / "small.yaml").write_text(SMALL_SPEC)
+    (tmp_path / "file").touch()
+    refused = run_cli("run", "small.yaml", cwd=tmp_path, LORA_SWEEPS_CHECKPOINTS=str(tmp_path / "file" / "x"))
+    assert refused.returncode == 2
+    assert "file/x cannot be written to" in refused.stderr
+
+
+def test_a_url_that_can_only_be_read_is_refused_in_words():
+    pytest.importorskip("aiohttp", reason="fsspec opens https:// with aiohttp")
+    with pytest.raises(StorageError, match=r"https://127\.0\.0\.1:1/x cannot be written to: "):
+        probe("https://127.0.0.1:1/x")
+
+
+def test_a_google_bucket_that_does_not_answer_is_given_up():
+    place = f"gs://bucket/x?endpoint_override=127.0.0.1:{free_port()}&scheme=http&retry_limit_seconds=1"
+    with pytest.raises(StorageError, match="cannot be written to"):
+        probe(place)

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PROCESSES ?= 2
 
 .PHONY: install demo serve check test wheel docs constraints clean
 
@@ -26,8 +27,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_architecture.py
 
+# A file's tests stay in one process; the files that take longest come first (tests/conftest.py).
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 wheel: install
 	$(BIN)/python -m build --wheel

@@ -29,6 +29,23 @@ settings.register_profile("explore", database=None, deadline=None, print_blob=Tr
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+_LONGEST = (
+    "test_sweep.py",
+    "test_several_nodes.py",
+    "test_namespaces.py",
+    "test_restart.py",
+    "test_ledger_away.py",
+    "test_remote_run.py",
+    "test_documentation.py",
+)
+"""Files of whole sweeps: begun first, so that no process is left alone with one in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, whatever else is run."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
     """Runs a command in this process: `here("validate", "spec.yaml", LORA_SWEEPS_HOME="…")`."""

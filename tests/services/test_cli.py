@@ -150,7 +150,7 @@ def test_plan_lists_every_class_of_a_grid(cli: Here):
         (("report", "last"), "no sweeps yet"),
         (("export", "last", "--format", "nosuch"), "--format must be one of peft"),
         (("export", "last", "--format", "peft"), "no sweeps yet"),
-        (("run", "small.yaml", "--address", "ray://head:10001"), "Ray Client"),
+        (("run", "small.yaml", "--address", "ray://head.invalid:10001"), "ray://head.invalid:10001 must answer"),
         (("run", "small.yaml", "--address", "127.0.0.1:9"), "127.0.0.1:9 does not answer"),
         (("run", "small.yaml", "--address", "nonsense"), "HOST:PORT"),
     ],

@@ -17,12 +17,13 @@ from services.store import Store
 from sweeps.errors import InputError
 from sweeps.ledger import Ledger
 from tests.services.service_support import Served
-from tests.services.test_remote_cli import Run, cli
+from tests.services.test_remote_cli import cli
+from tests.support import Here
 
 __all__ = ["cli"]
 
 
-def test_a_token_is_printed_once_and_kept_as_a_hash(cli: Run):
+def test_a_token_is_printed_once_and_kept_as_a_hash(cli: Here):
     made = cli("token", "create", "--user", "alice", "--note", "her laptop", "--expires", "30")
     assert made.code == 0
     text = made.out.removesuffix("\n")
@@ -49,7 +50,7 @@ def test_a_token_is_printed_once_and_kept_as_a_hash(cli: Run):
     assert stored.expires_at_s == pytest.approx(time.time() + 30 * 86_400, abs=600)
 
 
-def test_a_token_opens_a_running_service_until_it_is_revoked(cli: Run, served: Served):
+def test_a_token_opens_a_running_service_until_it_is_revoked(cli: Here, served: Served):
     home = {"LORA_SWEEPS_HOME": str(served.home)}
     text = cli("token", "create", "--user", "newcomer", "--scope", "read", **home).out.strip()
     number = text.split("_")[1]
@@ -68,7 +69,7 @@ def test_a_token_opens_a_running_service_until_it_is_revoked(cli: Run, served: S
     assert done == [("token revoke", f"{number} of newcomer"), ("token create", f"{number} for newcomer, scope read")]
 
 
-def test_a_token_that_has_expired_opens_nothing(cli: Run, served: Served):
+def test_a_token_that_has_expired_opens_nothing(cli: Here, served: Served):
     home = {"LORA_SWEEPS_HOME": str(served.home)}
     text = cli("token", "create", "--user", "carol", "--expires", "1e-9", **home).out.strip()
     with Client(served.url, text) as client, pytest.raises(InputError, match="no longer valid"):
@@ -77,7 +78,7 @@ def test_a_token_that_has_expired_opens_nothing(cli: Run, served: Served):
     assert rows[text.split("_")[1]]["state"] == "expired"
 
 
-def test_a_token_is_saved_in_place_of_being_printed(cli: Run):
+def test_a_token_is_saved_in_place_of_being_printed(cli: Here):
     made = cli("token", "create", "--user", "alice", "--save", "https://Sweeps.Example/")
     assert (made.code, made.out) == (0, "")
     path = credentials.own_file()
@@ -109,7 +110,7 @@ def test_a_token_is_saved_in_place_of_being_printed(cli: Run):
     ],
     ids=lambda value: " ".join(value)[:40].replace("\n", " ") if isinstance(value, tuple) else None,
 )
-def test_a_wrong_request_is_refused_and_makes_no_token(cli: Run, arguments: tuple[str, ...], words: str):
+def test_a_wrong_request_is_refused_and_makes_no_token(cli: Here, arguments: tuple[str, ...], words: str):
     done = cli("token", *arguments)
     assert done.code == 2
     assert words in done.err
@@ -118,7 +119,7 @@ def test_a_wrong_request_is_refused_and_makes_no_token(cli: Run, arguments: tupl
     assert json.loads(cli("token", "list", "--json").out) == []
 
 
-def test_an_unknown_token_is_not_revoked(cli: Run):
+def test_an_unknown_token_is_not_revoked(cli: Here):
     cli("token", "create", "--user", "alice")
     done = cli("token", "revoke", "0123456789ab")
     assert done.code == 2

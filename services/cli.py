@@ -69,7 +69,7 @@ def run(
 
     A sweep that was submitted as a Ray job goes on when you press Ctrl-C, or close the laptop.
     """
-    from services.job_place import check_lasts
+    from services.job_place import check_has_files, check_lasts
     from services.output import print_outcome, watching
     from sweeps import driver
     from sweeps.home import Home
@@ -106,6 +106,7 @@ def run(
         if document is not None:
             outcome = driver.start(document, home, name=name, address=address, progress=progress, interrupts=interrupts)
         else:
+            check_has_files(home, resume or "", trials=trials)
             outcome = driver.resume(
                 resume or "", home, address=address, progress=progress, interrupts=interrupts, trials=trials
             )

@@ -32,7 +32,7 @@ def drive_job(
 ) -> None:
     """Run a sweep on the cluster that this job runs on, and end with an outcome that can be read back from the log."""
     from services.job_log import AS_JSON, BEGIN
-    from services.job_place import kept_upload, settle
+    from services.job_place import check_has_files, check_lasts, kept_upload, settle
     from services.outcome import print_shown, shown_as_json
     from services.output import print_notes, shown_of, watching
     from sweeps import driver
@@ -45,8 +45,10 @@ def drive_job(
         click.echo(f"state directory on the head: {home.path}", err=True)
         if spec is not None and sweep is not None:
             with kept_upload(home, sweep):
+                document = load_spec(spec)
+                check_lasts(home.path, document.spec.tracking.uri)
                 outcome = driver.start(
-                    load_spec(spec),
+                    document,
                     home,
                     name=name,
                     address="auto",
@@ -55,6 +57,7 @@ def drive_job(
                     sweep=sweep,
                 )
         else:
+            check_has_files(home, resume or "", trials=trials)
             outcome = driver.resume(
                 resume or "", home, address="auto", progress=progress, interrupts=interrupts, trials=trials
             )

@@ -1,20 +1,33 @@
 """What is sent to a cluster with a spec: the spec alone, or a directory that has it and what it names.
 
-A place in a spec that only this machine has is found before anything is sent, with its line.
+A place in a spec that only this machine has is found before anything is sent, with its line; and so is a secret: a file
+of the state directory, or one that the environment names, by whatever path or link it would be sent.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from services import ray_client
+from services import credentials, ray_client
 from sweeps.errors import Fault, InputError, SpecError
 from sweeps.home import Home
 from sweeps.spec import SpecDocument
 
-_KEPT_BACK = [".lora-sweeps", "mlflow.db", "mlflow.db-*", "mlruns", "mlartifacts"]
+_STATE = ".lora-sweeps"
+
+_KEPT_BACK = [_STATE, "mlflow.db", "mlflow.db-*", "mlruns", "mlartifacts"]
 """State of sweeps that ran here: among it tokens, and nothing that a new sweep reads."""
+
+_SECRET_FILES = ("LORA_SWEEPS_DATABASE_FILE", credentials.TOKEN_FILE, "RAY_AUTH_TOKEN_PATH")
+"""Variables that name a file with a secret."""
+
+_RAYS_TOKEN = Path("~/.ray/auth_token")
+"""Where Ray looks for its token, if nothing says where it is."""
+
+_PATTERN_SIGNS = re.compile(r"[\\*?\[\]!# ]")
 
 _SHOWN = 3
 _ELSEWHERE = ("/", "~")
@@ -58,6 +71,7 @@ def check_directory(document: SpecDocument, spec: Path, directory: Path) -> list
     except OSError as error:
         raise InputError(f"--working-dir must be readable; {error.filename or directory}: {error.strerror}") from error
     _check_size(directory, sent)
+    _check_no_secret(root, sent)
     if str(spec.resolve().relative_to(root)) not in sent:
         raise InputError(f"--working-dir must send the spec; {spec} is left out by a .gitignore or .rayignore there")
     if faults := list(_left_out(document, spec, root, sent)):
@@ -77,9 +91,43 @@ def _check_size(directory: Path, sent: dict[str, int]) -> None:
         )
 
 
+def _check_no_secret(root: Path, sent: dict[str, int]) -> None:
+    """Looks at the files themselves, for Ray follows links, and a pattern may miss what it was meant for."""
+    state = Home.locate().path
+    named = {name: os.environ.get(name) for name in _SECRET_FILES}
+    files = dict.fromkeys([*credentials.files(state), _RAYS_TOKEN.expanduser()], "holds tokens")
+    files |= {Path(path).expanduser(): f"is the file that {name} names" for name, path in named.items() if path}
+    secret = {inode: why for path, why in files.items() if (inode := _inode(path))}
+    homes = {_inode(state)} - {None}
+    for name in sent:
+        path = (root / name).resolve()
+        why = secret.get(_inode(path) or (0, 0))
+        if why is None and not homes.isdisjoint(map(_inode, path.parents)):
+            why = f"lies in the state directory, {state}"
+        elif why is None and not path.is_relative_to(root) and _STATE in path.parts:
+            why = f"leads to {path}, in a state directory"
+        if why is not None:
+            raise InputError(
+                f"--working-dir must send no tokens, and nothing of a state directory; {root / name} {why}; leave it "
+                "out with a .rayignore, or put the spec and what it names into a directory of their own"
+            )
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Which file this is, whatever it is called; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _state_in(root: Path) -> list[str]:
-    home = Home.locate().path.resolve()
-    return [f"/{home.relative_to(root)}"] if home != root and home.is_relative_to(root) else []
+    """Patterns for the state directory, as it is called and where it is."""
+    home = Home.locate().path
+    places = {home.resolve(), home.parent.resolve() / home.name}
+    inside = (place.relative_to(root) for place in places if place != root and place.is_relative_to(root))
+    return ["/" + _PATTERN_SIGNS.sub(r"\\\g<0>", str(place)) for place in inside]
 
 
 def _left_out(document: SpecDocument, spec: Path, root: Path, sent: dict[str, int]) -> list[Fault]:

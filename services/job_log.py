@@ -5,7 +5,7 @@
     AS_JSON    begins a line that ends with the outcome as JSON; after it come notes, which are progress again
 
 The words are there for whoever reads the log elsewhere, in Ray's dashboard say; the JSON is one line, written at once,
-so that nothing else can stand within it.
+so that nothing else can stand within it. Before either mark may stand what another writer has left of a line.
 """
 
 from __future__ import annotations
@@ -65,13 +65,25 @@ class JobLog:
         self._rest = ""
 
     def _take(self, line: str) -> None:
-        if any(own in line for own in RAYS_OWN_LINES):
+        before, _, rest = line.partition(AS_JSON)
+        if (outcome := _outcome(rest)) is not None:
+            self.outcome = outcome
+        elif line.endswith(BEGIN):
+            self._words, self.outcome, before = [], None, line.removesuffix(BEGIN)
+        elif any(own in line for own in RAYS_OWN_LINES):
             return
-        if line == BEGIN:
-            self._words, self.outcome = [], None
-        elif line.startswith(AS_JSON):
-            self.outcome = json.loads(line.removeprefix(AS_JSON))
         elif self._words is not None and self.outcome is None:
             self._words.append(line)
+            return
         else:
-            self._show(line)
+            before = line
+        if before or line == "":
+            self._show(before)
+
+
+def _outcome(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 import socket
+import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,9 @@ RAYS_OWN_LINES = ("Runtime env is setting up", "Running entrypoint for job")
 
 TIMEOUT_S = (3.05, 20.0)
 """For a connection and for an answer; Ray's own client would wait for ever."""
+
+_CLIENT_PORT = 10001
+"""Where a head has its Ray Client server, if it was not told otherwise."""
 
 _UPLOAD_S = 600.0
 """The same where files are sent, in which a socket's timeout is for all of them together."""
@@ -222,20 +226,34 @@ def dashboard_of(address: str) -> str:
     """The address of a cluster's dashboard, asked for at its Ray Client server.
 
     Args:
-        address: ray://HEAD:10001.
+        address: ray://HEAD, or ray://HEAD:10001.
 
     Raises:
         OSError, RuntimeError: it does not answer, or has another version of Ray or Python.
+        ValueError: that is no address.
     """
     import ray
 
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S[0]).close()  # Ray waits much longer
-    with ray.init(address, logging_level=logging.ERROR, log_to_driver=False) as context:
+    host, port = client_server(address)
+    socket.create_connection((host, port), timeout=TIMEOUT_S[0]).close()  # Ray waits much longer
+    host = f"[{host}]" if ":" in host else host
+    with ray.init(f"ray://{host}:{port}", logging_level=logging.ERROR, log_to_driver=False) as context:
         dashboard = str(context.dashboard_url)
     its_host, _, its_port = dashboard.rpartition(":")
     # A head calls itself by the name that it listens on, which may lead nowhere from here.
     return f"http://{host if its_host in _NOT_FROM_HERE else its_host}:{its_port}"
+
+
+def client_server(address: str) -> tuple[str, int]:
+    """Host and port of a Ray Client server.
+
+    Raises:
+        ValueError: this is no address of one.
+    """
+    parts = urllib.parse.urlsplit(address)
+    if not parts.hostname:
+        raise ValueError(f"{address} names no host, as ray://HEAD:{_CLIENT_PORT} does")
+    return parts.hostname, parts.port or _CLIENT_PORT
 
 
 _NOT_FROM_HERE = ("127.0.0.1", "localhost", "0.0.0.0", "::", "[::]", "::1", "[::1]")

@@ -137,11 +137,11 @@ class Remote:
             check_alone(document, spec)
             with tempfile.TemporaryDirectory(prefix="lora-sweeps-") as alone:
                 (Path(alone) / spec.name).write_text(document.text, encoding="utf-8")
-                return self._submit(sweep, f"{sweep}-1", [spec.name, *words], {"working_dir": alone})
+                return self._submit(sweep, f"{sweep}-1", words, {"working_dir": alone}, place=spec.name)
         excludes = check_directory(document, spec, directory)
         place = str(spec.resolve().relative_to(directory.resolve()))
         sent = {"working_dir": str(directory.resolve()), "excludes": excludes}
-        return self._submit(sweep, f"{sweep}-1", [place, *words], sent)
+        return self._submit(sweep, f"{sweep}-1", words, sent, place=place)
 
     def resume(self, sweep: str, *, trials: int | None) -> Submitted:
         """Submits a job that goes on with a sweep, which the head finds by its id, its name, or `last`.
@@ -164,10 +164,13 @@ class Remote:
         more = () if trials is None else ("--trials", str(trials))
         return self._submit(sweep, job, ["--resume", sweep, *more], {})
 
-    def _submit(self, sweep: str, job: str, words: list[str], sent: dict[str, Any]) -> Submitted:
-        tracking = _tracking_sent()
+    def _submit(
+        self, sweep: str, job: str, words: list[str], sent: dict[str, Any], *, place: str | None = None
+    ) -> Submitted:
+        tracking = tracking_sent()
         command = ["lora-sweeps", "drive-job", *words, "--at", self.address]
         command += ("--tracking", tracking) if tracking else ()
+        command += () if place is None else ("--", place)  # its name may begin with a dash
         submitted = Submitted(job, self.address, sweep)
         try:
             with self._asking():
@@ -242,12 +245,22 @@ class _LostError(InputError):
     """The head knows the job no longer."""
 
 
-def _tracking_sent() -> str | None:
-    """The tracking URI of this environment, if the head can use it; says on stderr what becomes of it."""
+def tracking_sent() -> str | None:
+    """The tracking URI of this environment, if the head can use it; says on stderr what becomes of it.
+
+    Raises:
+        InputError: it is no address.
+    """
     uri = os.environ.get(_TRACKING)
     if not uri:
         return None
-    host = urllib.parse.urlsplit(uri).hostname if uri.startswith(("http://", "https://")) else None
+    try:
+        host = urllib.parse.urlsplit(uri).hostname if uri.startswith(("http://", "https://")) else None
+    except ValueError as error:
+        raise InputError(
+            f"{_TRACKING} must be the address of an MLflow server, or of its database; found {hide_passwords(uri)} "
+            f"({error}); correct it, or unset it"
+        ) from None
     if has_secret(uri):
         why = "for it holds a secret"
     elif host is None or host in ("localhost", "127.0.0.1", "::1"):
@@ -294,8 +307,6 @@ def run_remotely(
 
 
 def _followed(remote: Remote, submitted: Submitted, *, as_json: bool) -> int:
-    from services.words import print_json
-
     log = JobLog(lambda line: click.echo(line, err=True))
     try:
         details = remote.follow(submitted, log)
@@ -303,9 +314,20 @@ def _followed(remote: Remote, submitted: Submitted, *, as_json: bool) -> int:
         click.echo("\nno longer followed; the sweep goes on", err=True)
         click.echo(f"  follow  {submitted.follow}\n  stop    {submitted.stop}", err=True)
         return 128 + signal.SIGINT
-    if log.words is not None and log.outcome is not None:
-        print_json(log.outcome) if as_json else click.echo(log.words)
+    print_outcome(log, submitted, as_json=as_json, expected=details.driver_exit_code == 0)
     return exit_code(details, submitted, log)
+
+
+def print_outcome(log: JobLog, submitted: Submitted, *, as_json: bool, expected: bool) -> None:
+    """Prints what a log has of an outcome on stdout; where that is not all that was asked for, says so on stderr."""
+    from services.words import print_json
+
+    if as_json and log.outcome is not None:
+        print_json(log.outcome)
+    elif not as_json and log.words is not None:
+        click.echo(log.words)
+    elif expected or log.outcome is not None:
+        click.echo(f"the job has ended, but its outcome could not be read here; see `{submitted.follow}`", err=True)
 
 
 def exit_code(details: Any, submitted: Submitted, log: JobLog) -> int:

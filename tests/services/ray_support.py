@@ -20,6 +20,19 @@ import pytest
 
 from tests.support import environment
 
+TINY = """\
+name: tiny
+task: {type: digits}
+lora: {target_modules: [fc1, fc2]}
+parameters:
+  rank: {values: [2, 4]}
+  lr: {min: 1e-3, max: 1e-1}
+train: {optimizer: adamw, steps: 4, batch_size: 8}
+search: {method: random, trials: 2, pruner: {type: none}}
+certify: {classes: 0}
+compute: {workers: 1, pack: 2}
+"""
+
 
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 on which nothing listens."""

@@ -20,31 +20,14 @@ import pytest
 from click.testing import CliRunner
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from services import ray_client
 from services.cli import cli
-from services.job_files import check_alone, check_directory
-from services.job_log import AS_JSON, BEGIN, JobLog
-from services.job_place import check_lasts
+from services.job_log import BEGIN, JobLog
 from services.remote_run import Remote, Submitted, exit_code
-from sweeps.errors import ClusterError, InputError, SpecError, StateError
+from sweeps.errors import ClusterError, InputError
 from sweeps.ledger import Ledger
 from sweeps.records import SweepRecord, read_sweep
-from sweeps.spec import SpecDocument, load_spec
-from tests.services.ray_support import Head, free_ports, ray_head, ray_setting, until
+from tests.services.ray_support import TINY, Head, free_ports, ray_head, ray_setting, until
 from tests.support import command, environment
-
-TINY = """\
-name: tiny
-task: {type: digits}
-lora: {target_modules: [fc1, fc2]}
-parameters:
-  rank: {values: [2, 4]}
-  lr: {min: 1e-3, max: 1e-1}
-train: {optimizer: adamw, steps: 4, batch_size: 8}
-search: {method: random, trials: 2, pruner: {type: none}}
-certify: {classes: 0}
-compute: {workers: 1, pack: 2}
-"""
 
 PYTHON_TASK = """\
 import sys, time
@@ -254,10 +237,10 @@ def test_a_job_that_is_stopped_ends_in_order_and_its_sweep_is_resumed(cluster: C
 
 
 def test_what_the_head_finds_wrong_is_told_here_and_nothing_is_left(cluster: Cluster, tmp_path: Path):
-    (tmp_path / "wrong.yaml").write_text(TINY.replace("fc1, fc2", "fc9").replace("tiny", "wrong"))
-    code, out, err = cluster.run("wrong.yaml", cwd=tmp_path)
+    (tmp_path / "-wrong.yaml").write_text(TINY.replace("fc1, fc2", "fc9").replace("tiny", "wrong"))
+    code, out, err = cluster.run("./-wrong.yaml", cwd=tmp_path)
     assert (code, out) == (2, "")
-    assert re.search(r"^error: wrong\.yaml:3: lora\.target_modules.*fc9", err, re.MULTILINE)
+    assert re.search(r"^error: -wrong\.yaml:3: lora\.target_modules.*fc9", err, re.MULTILINE)
     assert not [path for path in (cluster.home / "uploads").iterdir() if path.name.startswith("wrong")]
 
 
@@ -376,86 +359,3 @@ def test_what_can_be_found_wrong_here_is_not_sent(tmp_path: Path):
     assert "must hold no password" in refused(tmp_path / "tiny.yaml", address="http://me:canary@head:8265")
     assert "go with --address http://HEAD:8265" in refused(tmp_path / "tiny.yaml", "--detach", address="auto")
     assert "a resumed sweep has its files" in refused("--resume", "x", "--working-dir", ".")
-
-
-def document_in(directory: Path, text: str) -> SpecDocument:
-    path = directory / "spec.yaml"
-    path.write_text(text)
-    return load_spec(path)
-
-
-def test_a_spec_that_names_what_lies_here_is_not_sent_alone(tmp_path: Path):
-    (tmp_path / "my_task.py").touch()
-    (tmp_path / "train.jsonl").touch()
-    own = TINY.replace("{type: digits}", "{type: python, entrypoint: 'my_task:make'}")
-    document = document_in(tmp_path, own)
-    with pytest.raises(SpecError, match=r"spec\.yaml:2: task\.entrypoint: .*found my_task\.py, .*--working-dir DIR"):
-        check_alone(document, tmp_path / "spec.yaml")
-    text = TINY.replace("{type: digits}", "{type: causal_lm, model: gpt2, data: {train: train.jsonl}}")
-    with pytest.raises(SpecError, match=r"spec\.yaml:2: task\.data\.train: .*found train\.jsonl"):
-        check_alone(document_in(tmp_path, text), tmp_path / "spec.yaml")
-    check_alone(document_in(tmp_path, text.replace("train.jsonl", "elsewhere.jsonl")), tmp_path / "spec.yaml")
-
-
-def test_a_directory_is_sent_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "my_task.py").touch()
-    document = document_in(tmp_path, TINY.replace("{type: digits}", "{type: python, entrypoint: 'my_task:make'}"))
-    spec = tmp_path / "spec.yaml"
-    monkeypatch.setenv("LORA_SWEEPS_HOME", str(tmp_path / "state"))
-    assert "/state" in check_directory(document, spec, tmp_path)
-    with pytest.raises(InputError, match=r"must be a directory; .* is none"):
-        check_directory(document, spec, tmp_path / "absent")
-    (tmp_path / "inner").mkdir()
-    with pytest.raises(InputError, match="must be a directory that has the spec in it"):
-        check_directory(document, spec, tmp_path / "inner")
-    (tmp_path / ".gitignore").write_text("my_task.py\n")
-    with pytest.raises(SpecError, match=r"task\.entrypoint: .*found my_task\.py, which a \.gitignore or \.rayignore"):
-        check_directory(document, spec, tmp_path)
-    (tmp_path / ".gitignore").write_text("*.yaml\n")
-    with pytest.raises(InputError, match="must send the spec"):
-        check_directory(document, spec, tmp_path)
-    (tmp_path / ".gitignore").unlink()
-    with (tmp_path / "weights.bin").open("wb") as file:
-        file.truncate(ray_client.MOST_SENT_BYTES)  # a hole: it takes no room
-    with pytest.raises(InputError, match=r"must be 100 MiB or less, .* among them weights\.bin 100 MiB"):
-        check_directory(document, spec, tmp_path)
-    (tmp_path / ".rayignore").write_text("*.bin\n")
-    check_directory(document, spec, tmp_path)
-
-
-def test_a_log_is_read_once_however_often_its_connection_begins_anew():
-    outcome = {"sweep": "x"}
-    text = f"one\nRunning entrypoint for job x: y\ntwo\n{BEGIN}\nsweep x\nbest 1\n{AS_JSON}{json.dumps(outcome)}\nlast"
-    for cut in range(len(text)):
-        shown: list[str] = []
-        log = JobLog(shown.append)
-        assert log.read(0, text[:cut]) == cut
-        assert log.read(log.read(0, text[: cut // 2]), text[cut // 2 :]) == len(text)
-        log.read(0, text)
-        log.close()
-        assert (shown, log.words, log.outcome) == (["one", "two", "last"], "sweep x\nbest 1", outcome)
-
-
-def test_an_outcome_that_was_cut_off_is_none():
-    log = JobLog(lambda line: None)
-    log.read(0, f"{BEGIN}\nsweep x\n")
-    log.close()
-    assert log.words is None
-
-
-def test_state_and_tracking_of_a_job_lie_where_they_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    inside = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
-    inside.mkdir(parents=True)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(inside)
-    with pytest.raises(StateError, match="the state directory must outlive the Ray job"):
-        check_lasts(inside / ".lora-sweeps")
-    for uri in ("sqlite:///mlflow.db", f"sqlite:///{inside}/mlflow.db"):
-        with pytest.raises(StateError, match=r"MLflow's database must outlive .* tracking\.uri is sqlite"):
-            check_lasts(tmp_path, uri)
-    check_lasts(tmp_path, "http://127.0.0.1:5000")
-    check_lasts(tmp_path)
-    assert os.environ.pop("MLFLOW_TRACKING_URI") == f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.chdir(tmp_path)
-    check_lasts(tmp_path, "sqlite:///mlflow.db")
-    assert "MLFLOW_TRACKING_URI" not in os.environ

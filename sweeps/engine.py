@@ -33,11 +33,16 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _NODE_DIED = "node has died"
 """What Ray's error of a lost actor says where it is the node that died (`gcs_actor_manager.cc`)."""
 
+_CUT_OFF = "keepalive watchdog timeout"
+"""What it says where the network to the worker has gone, whatever has become of the two ends."""
+
 _OUT_OF_MEMORY = ("running low on memory", "NODE_OUT_OF_MEMORY")
 """What it says where its memory monitor has ended a worker."""
 
-_QUIET = {
+_SETTINGS = {
     # Read by Ray when it is first imported, and inherited by the processes it starts.
+    "RAY_grpc_client_keepalive_time_ms": "20000",  # else an answer that the network has lost is waited for 5 minutes
+    "RAY_grpc_client_keepalive_timeout_ms": "20000",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -73,7 +78,7 @@ def cluster(address: str | None, *, workers: int, token_file: Path) -> Iterator[
     Raises:
         ClusterError: the cluster cannot be started or reached.
     """
-    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    os.environ.update({name: value for name, value in _SETTINGS.items() if name not in os.environ})
     if address is not None and address.startswith("ray://"):
         raise ClusterError(
             f"--address must be `auto` or HOST:PORT of the cluster's head; found {address}: Ray Client connections "
@@ -269,6 +274,8 @@ def _why_lost(trial: Any) -> tuple[JobErrorKind, str]:
         return "error", said
     if not isinstance(error, ray.exceptions.RayActorError):
         return "worker_died", f"{died}: {_last_line(said)}" if said else died
+    if _CUT_OFF in said:
+        return "node_lost", "the network to the node of the worker was lost before the job was done"
     node = _actor(error).get("Address", {}).get("NodeID", "")
     if error.preempted or _NODE_DIED in str(error) or (node and not answers(node)):
         taken = "was taken away (preempted)" if error.preempted else "vanished"

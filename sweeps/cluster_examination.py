@@ -23,6 +23,9 @@ from sweeps.spec import SpecDocument
 _CLOCK_ROUNDS = 3
 """Of these the one with the shortest round trip counts."""
 
+_LOOK_S = 0.9 * PATIENCE_S
+"""For the spec's sources: datasets, and with it torch, may have to be loaded to see what is in its cache."""
+
 Say = Callable[[str], None]
 
 
@@ -158,7 +161,7 @@ class Cluster:
 
     def _look(self, sources: tuple[Source, ...], names: dict[str, str]) -> list[Check]:
         checks = list[Check]()
-        for answer in nodes.ask(source_facts.look, sources):
+        for answer in nodes.ask(source_facts.look, sources, timeout_s=_LOOK_S):
             if answer.node.id not in names:
                 continue
             name = names[answer.node.id]

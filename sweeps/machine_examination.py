@@ -93,10 +93,10 @@ def sources_of(document: SpecDocument) -> tuple[Source, ...]:
         return ()
     found = [
         Source("task.model", task.model, "model", task.revision),
-        Source("task.data.train", task.data.train, "dataset"),
+        Source("task.data.train", task.data.train, "dataset", config=task.data.config),
     ]
     if isinstance(task.data.eval, str):
-        found.append(Source("task.data.eval", task.data.eval, "dataset"))
+        found.append(Source("task.data.eval", task.data.eval, "dataset", config=task.data.config))
     return tuple(found)
 
 

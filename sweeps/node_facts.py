@@ -29,8 +29,8 @@ from lora_core import __version__
 from sweeps import storage
 from sweeps.home import own_cache
 
-PACKAGES = ("ray", "torch", "optuna", "mlflow", "numpy", "transformers", "peft", "datasets")
-"""Whose versions matter to a sweep; the last three need not be installed."""
+PACKAGES = ("ray", "torch", "optuna", "mlflow", "numpy", "transformers", "peft", "datasets", "accelerate")
+"""Whose versions matter to a sweep; the last four need not be installed."""
 
 _TORCH_S = 90
 """How long torch may take to be loaded and to look for GPUs."""

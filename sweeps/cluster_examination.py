@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -143,15 +142,7 @@ class Cluster:
 
     def _exchange(self, names: dict[str, str]) -> list[Check]:
         place = place_for_checkpoints(self.home)
-        storage.leave_mark(place, mark := f"probe-{secrets.token_hex(8)}")
-        left = [mark]
-        try:
-            answers = nodes.ask(node_facts.exchange, place, mark)
-            left += [answer.value for answer in answers if not answer.error]
-            errors = {answer.node.id: answer.error or _unseen(place, answer.value) for answer in answers}
-        finally:
-            for name in left:
-                storage.remove_mark(place, name)
+        errors = {answer.node.id: answer.error for answer in nodes.exchange(place)}
         return [
             checkup.exchanged(name, place, errors[node])
             if node in errors
@@ -182,12 +173,3 @@ def _there(found: list[nodes.Node], address: str) -> Check:
     cpus, gpus = sum(node.cpus for node in found), sum(node.gpus for node in found)
     some = f"{len(found)} node{'' if len(found) == 1 else 's'}"
     return Check("Ray", "ok", f"{some} at {address}, with {cpus:g} CPUs and {gpus:g} GPUs")
-
-
-def _unseen(place: str, mark: str) -> str:
-    """Why the driver cannot read what a node has left; empty where it can."""
-    try:
-        storage.check_mark(place, mark)
-    except InputError as error:
-        return str(error)
-    return ""

@@ -96,11 +96,9 @@ def test_a_model_must_be_one_that_plan_takes(tmp_path: Path):
     make_gpt2(tmp_path / "model", layers=1)
     tokenizer = tmp_path / "model" / "tokenizer.json"
     whole, here = tokenizer.read_text(), "this machine"
-    well = examined("spec.yaml", cwd=tmp_path)[here]
-    assert well["task.model"]["status"] == "ok"
-    assert "model's tokenizer" not in well
     tokenizer.write_text(whole[: len(whole) // 2])
     torn = examined("spec.yaml", cwd=tmp_path)[here]
+    assert torn["task.model"]["status"] == "ok"  # as far as names tell
     assert torn["model's tokenizer"]["status"] == "failed"
     assert "required a model with its tokenizer beside it" in torn["model's tokenizer"]["found"]
     tokenizer.write_text(whole)
@@ -284,6 +282,7 @@ def test_an_ill_node_of_a_cluster_is_found_out(tmp_path: Path):
         found = examined("spec.yaml", "--address", address, cwd=tmp_path, LORA_SWEEPS_HOME=str(state), **access)
     (head,) = set(found) - {"", "driver", "127.0.0.2"}  # Ray puts the machine's own address for 127.0.0.1
     well, ill = found[head], found["127.0.0.2"]
+    assert "model's tokenizer" not in found["driver"]
     for name in ("versions", "GPUs", "clock", "checkpoints", "task.model", "task.data.train"):
         assert well[name]["status"] == "ok", well[name]
     assert ill["GPUs"]["status"] == "failed"

@@ -98,12 +98,14 @@ class Needs:
         packages: beside those that every sweep needs.
         base_bytes: of the base model's weights; None where they are not known.
         checkpoint_bytes: of all members' states, if no trial were pruned; None where that is not known.
+        workers: at most; None for as many as there is room for.
     """
 
     gpus_per_worker: float | Literal["auto"] = "auto"
     packages: tuple[str, ...] = ()
     base_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    workers: int | None = None
 
 
 def size(n_bytes: float) -> str:
@@ -259,20 +261,34 @@ def devices(found: dict[str, NodeFacts], needs: Needs) -> list[Check]:
     return [Check("devices", "ok", f"the base model takes {size(base)} of the {size(room)} of a worker's GPU memory")]
 
 
-def memory(facts: NodeFacts, node: str, needs: Needs) -> Check:
-    """Whether there is memory for a worker and its base model."""
+def memory(facts: NodeFacts, node: str, needs: Needs, room: int = 1) -> Check:
+    """Whether there is memory for the workers, each of which has a base model of its own.
+
+    Args:
+        facts: of the node.
+        node: its name.
+        needs: of the spec.
+        room: how many workers the node has room for; 1 where that is not known.
+    """
     if facts.memory_bytes is None or facts.free_bytes is None:
         return Check("memory", "skipped", "this system does not say", node=node)
     found = f"{size(facts.free_bytes)} free of {size(facts.memory_bytes)}"
-    base = needs.base_bytes or 0
-    if base > facts.memory_bytes and not facts.gpus:
-        found += f"; the base model takes {size(base)}"
-        return Check("memory", "failed", found, "use machines with more memory, or a smaller model", node)
+    workers = max(1, room if needs.workers is None else min(room, needs.workers))
+    base = workers * (needs.base_bytes or 0)
+    takes = f"; the base model takes {size(needs.base_bytes or 0)}"
+    takes += f", {size(base)} for {workers} workers" if workers > 1 else ""
+    on_cpu = not facts.gpus or needs.gpus_per_worker == 0  # else it is here only while it is loaded
+    if base > facts.memory_bytes and on_cpu:
+        way_out = "use machines with more memory, or a smaller model"
+        if workers > 1:
+            way_out += ", or fewer workers: compute.workers, or on a cluster fewer CPUs for Ray there (--num-cpus)"
+        return Check("memory", "failed", found + takes, way_out, node)
     if facts.free_bytes < _TOO_LITTLE_MEMORY:
         return Check("memory", "failed", found, "end what takes it, or use a larger machine", node)
     if facts.free_bytes < _LITTLE_MEMORY + base:
-        more = f"; the base model takes {size(base)}" if base else ""
-        return Check("memory", "warning", found + more, "end what takes it, or use a larger machine", node)
+        return Check(
+            "memory", "warning", found + (takes if base else ""), "end what takes it, or use a larger machine", node
+        )
     return Check("memory", "ok", found, node=node)
 
 

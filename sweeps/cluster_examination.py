@@ -71,7 +71,7 @@ class Cluster:
         checks = [_there([answer.node for answer in answers], self.address)]
         resources, problem = bounded("workers", self._room)
         checks += problem if resources is None else [resources[1]]
-        takes_jobs = {answer.node.id: resources is None or answer.node.room(resources[0]) > 0 for answer in answers}
+        room = {answer.node.id: 1 if resources is None else answer.node.room(resources[0]) for answer in answers}
         found: dict[str, NodeFacts] = {}
         for answer in answers:
             name = names[answer.node.id]
@@ -79,8 +79,9 @@ class Cluster:
                 checks.append(checkup.silent(name, answer.error))
                 continue
             found[name] = answer.value
-            needs = self.needs if takes_jobs[answer.node.id] else Needs()
-            checks += machine(answer.value, name, needs, clustered=True, driver=self.driver, in_ray=answer.node.gpus)
+            needs = self.needs if room[answer.node.id] else Needs()
+            in_ray, fits = answer.node.gpus, room[answer.node.id]
+            checks += machine(answer.value, name, needs, clustered=True, driver=self.driver, in_ray=in_ray, room=fits)
         checks += checkup.devices(found, self.needs) + self._token(found.values())
         say("asking them for the time")
         checks += self._in_time("clock", names, self._clocks)
@@ -88,7 +89,7 @@ class Cluster:
         checks += self._in_time("checkpoints", names, self._exchange)
         if self.document is not None and (sources := sources_of(self.document)):
             say("asking them for the model and the data")
-            wanted = {node: name for node, name in names.items() if takes_jobs[node]}
+            wanted = {node: name for node, name in names.items() if room[node]}
             checks += self._in_time("sources", wanted, lambda which: self._look(sources, which))
         return checks
 

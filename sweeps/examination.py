@@ -46,14 +46,14 @@ def examine(document: SpecDocument | None, home: Home, address: str | None, say:
     if document is not None:
         say("looking at the spec's model")
         needs = needs_of(document)
-        sized, problem = bounded("model's config", lambda: _sized(document, needs), label)
+        sized, problem = bounded("model's config", lambda: _sized(document, needs, alone=address is None), label)
         needs, checks = sized or needs, checks + problem
     sources = sources_of(document) if document is not None else ()
     directories = {checkup.STATE: str(home.path), "cache": str(home.cache)}
     facts, problem = bounded("machine", lambda: node_facts.gather(directories), label)
     checks += problem
     if facts is not None:
-        checks += machine(facts, label, needs, clustered=address is not None)
+        checks += machine(facts, label, needs, clustered=address is not None, room=needs.workers or 1)
     if sources:
         seen, problem = bounded("sources", lambda: source_facts.look(sources), label)
         checks += problem + judged(sources, label, seen)
@@ -86,26 +86,29 @@ def _own_token(home: Home) -> list[Check]:
 def needs_of(document: SpecDocument) -> Needs:
     """What a spec asks for by itself."""
     spec = document.spec
+    workers = None if spec.compute.workers == "auto" else spec.compute.workers
     if not isinstance(spec.task, ModelTask):
-        return Needs(spec.compute.gpus_per_worker)
+        return Needs(spec.compute.gpus_per_worker, workers=workers)
     places = [place for place in (spec.task.data.train, spec.task.data.eval) if isinstance(place, str)]
     gpus = spec.compute.gpus_per_worker
     packages = ["transformers"]
     packages += [] if all(Path(place).is_file() for place in places) else ["datasets"]
     packages += [] if gpus == "auto" or gpus <= 1 else ["accelerate"]  # lays a model out over several GPUs
-    return Needs(gpus, tuple(packages))
+    return Needs(gpus, tuple(packages), workers=workers)
 
 
-def _sized(document: SpecDocument, needs: Needs) -> Needs:
-    """What it asks for beyond that, as its model's config tells."""
+def _sized(document: SpecDocument, needs: Needs, *, alone: bool) -> Needs:
+    """What it asks for beyond that, as its model's config tells, and where this machine is alone its GPUs and cores."""
     if not isinstance(document.spec.task, ModelTask):
         return needs
     from sweeps.dtypes import with_dtype
-    from sweeps.tasks import base_bytes  # loads torch
+    from sweeps.preflight import local_workers  # loads torch
+    from sweeps.tasks import base_bytes
 
     spec = with_dtype(document).spec
     checkpoints = None if storage.configured_place() else _checkpoint_bytes(spec)
-    return replace(needs, base_bytes=base_bytes(spec), checkpoint_bytes=checkpoints)
+    workers = local_workers(spec) if alone else needs.workers
+    return replace(needs, base_bytes=base_bytes(spec), checkpoint_bytes=checkpoints, workers=workers)
 
 
 def _is_whole_model(first: Source, seen: tuple[SourceFacts, ...] | None) -> bool:

@@ -159,6 +159,19 @@ def test_memory_is_held_to_the_model(free: int | None, base: int | None, gpus: t
     assert holds(checkup.memory(facts, "one", Needs(base_bytes=base)), status)
 
 
+def test_every_worker_of_a_node_has_a_base_model_of_its_own():
+    cpus, needs = replace(WELL, gpus=()), Needs(base_bytes=10 * GB)
+    assert holds(checkup.memory(cpus, "one", needs, room=3), "ok")
+    assert holds(checkup.memory(cpus, "one", needs, room=6), "warning", "10.0 GB, 60.0 GB for 6 workers")
+    assert holds(checkup.memory(cpus, "one", needs, room=8), "failed", "80.0 GB for 8 workers", "compute.workers")
+    assert holds(checkup.memory(cpus, "one", replace(needs, workers=2), room=8), "ok")
+    # Workers with GPUs have it in the main memory only while they load it, at once.
+    assert holds(checkup.memory(WELL, "one", needs, room=8), "warning", "80.0 GB for 8 workers")
+    assert holds(checkup.memory(WELL, "one", replace(needs, gpus_per_worker=0), room=8), "failed")
+    # A node without room for any, or of which that is not known.
+    assert holds(checkup.memory(cpus, "one", Needs(), room=0), "ok")
+
+
 # -- disks and limits --------------------------------------------------------------------------------------------------
 
 

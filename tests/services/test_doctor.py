@@ -90,24 +90,15 @@ def test_a_spec_is_checked_and_what_it_reads_is_looked_for(tmp_path: Path):
     assert here["task.data.train"]["status"] == "ok"
 
 
-def test_a_model_must_be_one_that_plan_takes(tmp_path: Path):
+def test_a_tokenizer_must_be_one_that_can_be_loaded(tmp_path: Path):
     (tmp_path / "spec.yaml").write_text(SPEC.replace("/no/such/model", "./model"))
     (tmp_path / "train.jsonl").write_text('{"text": "a b c"}\n{"text": "b c d"}\n')
-    make_gpt2(tmp_path / "model", layers=1)
-    tokenizer = tmp_path / "model" / "tokenizer.json"
-    whole, here = tokenizer.read_text(), "this machine"
-    tokenizer.write_text(whole[: len(whole) // 2])
-    torn = examined("spec.yaml", cwd=tmp_path)[here]
-    assert torn["task.model"]["status"] == "ok"  # as far as names tell
-    assert torn["model's tokenizer"]["status"] == "failed"
-    assert "required a model with its tokenizer beside it" in torn["model's tokenizer"]["found"]
-    tokenizer.write_text(whole)
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-    pickled = examined("spec.yaml", cwd=tmp_path)[here]
-    assert "only pytorch_model.bin" in pickled["task.model"]["found"]
-    planned = run_cli("plan", "spec.yaml", cwd=tmp_path)
-    assert planned.returncode == 2
-    assert "with weights in safetensors" in planned.stderr
+    tokenizer = make_gpt2(tmp_path / "model", layers=1) / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text()[:1000])
+    here = examined("spec.yaml", cwd=tmp_path)["this machine"]
+    assert here["task.model"]["status"] == "ok"  # as far as names tell
+    assert here["model's tokenizer"]["status"] == "failed"
+    assert "required a model with its tokenizer beside it" in here["model's tokenizer"]["found"]
 
 
 def test_a_spec_with_a_fault_is_refused_as_by_every_command(tmp_path: Path):

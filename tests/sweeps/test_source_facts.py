@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from sweeps.checkup import source
+from sweeps.errors import TaskError
 from sweeps.source_facts import Source, SourceFacts, look
+from sweeps.spec_tasks import CausalLmTask
+from sweeps.tasks import pretrained
 from tests.support import environment
-from tests.sweeps.hf_support import make_gpt2
+from tests.sweeps.hf_support import lm_document, make_gpt2
 
 MODEL, DATA = "someone/tiny", "someone/MyTexts"
 
@@ -82,13 +85,25 @@ ILL = [
 ]
 
 
+def load(model: str) -> None:
+    """What `plan` demands of a model, whatever is said of its files."""
+    section = lm_document(model, "train: /no/such/train.jsonl").spec.task
+    assert isinstance(section, CausalLmTask)
+    pretrained.load_config(section, pretrained.CAUSAL_LM)
+    pretrained.check_weights(section, pretrained.CAUSAL_LM)
+    pretrained.load_tokenizer(model, None)
+
+
 @pytest.mark.parametrize(("harm", "lacking"), ILL)
 def test_a_models_directory_must_have_all_that_is_loaded(harm: Callable[[Path], None], lacking: str, tmp_path: Path):
     what = Source("task.model", str(make_gpt2(tmp_path / "model", layers=1)), "model")
     (well,) = look((what,))
     assert (well.there, well.lacking) == (True, "")
     assert source(what, "one", well).status == "ok"
+    load(what.name)
     harm(tmp_path / "model")
+    with pytest.raises(TaskError, match="model: required"):
+        load(what.name)
     (ill,) = look((what,))
     assert ill.lacking == lacking
     check = source(what, "one", ill)

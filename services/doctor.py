@@ -41,10 +41,17 @@ def doctor(spec: Path | None, address: str | None, as_json: bool) -> None:
 
 
 def _examined(spec: Path | None, address: str | None) -> list[Check]:
+    from sweeps.errors import ClusterError
     from sweeps.examination import examine
     from sweeps.home import Home
+    from sweeps.secrecy import hide_passwords
     from sweeps.spec import load_spec
 
+    if address is not None and address.startswith(("http://", "https://", "ray://")):
+        raise ClusterError(
+            f"--address must be `auto` or HOST:PORT of the cluster's head; found {hide_passwords(address)}: doctor "
+            "looks from a node; run it on the head with --address auto"
+        )
     document = None if spec is None else load_spec(spec)
     return examine(document, Home.open(), address, say=lambda text: click.echo(f"{text} …", err=True))
 

@@ -30,6 +30,9 @@ _SAME = ("Python", "lora-sweeps", "ray")
 
 _NEEDED = ("ray", "torch", "optuna", "mlflow", "numpy")
 
+_EXTRA = {"transformers", "datasets", "peft", "accelerate"}
+"""Of `PACKAGES`, what comes with lora-sweeps[hf]."""
+
 _LARGE_BYTES = 2e9
 """A base model above this trains on a CPU for days."""
 
@@ -95,12 +98,14 @@ class Needs:
         packages: beside those that every sweep needs.
         base_bytes: of the base model's weights; None where they are not known.
         checkpoint_bytes: of all members' states, if no trial were pruned; None where that is not known.
+        workers: at most; None for as many as there is room for.
     """
 
     gpus_per_worker: float | Literal["auto"] = "auto"
     packages: tuple[str, ...] = ()
     base_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    workers: int | None = None
 
 
 def size(n_bytes: float) -> str:
@@ -156,7 +161,7 @@ def versions(facts: NodeFacts, node: str, needs: Needs, driver: NodeFacts | None
     missing = [name for name in (*_NEEDED, *needs.packages) if not facts.versions.get(name)]
     shown = ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version)
     if missing:
-        extra = "[hf]" if set(missing) <= {"transformers", "datasets", "peft"} else ""
+        extra = "[hf]" if _EXTRA & set(missing) else ""
         way_out = f"pip install 'lora-sweeps{extra}' there, in the environment that Ray runs in"
         return Check("versions", "failed", f"no {', no '.join(missing)}", way_out, node)
     if driver is None:
@@ -256,20 +261,34 @@ def devices(found: dict[str, NodeFacts], needs: Needs) -> list[Check]:
     return [Check("devices", "ok", f"the base model takes {size(base)} of the {size(room)} of a worker's GPU memory")]
 
 
-def memory(facts: NodeFacts, node: str, needs: Needs) -> Check:
-    """Whether there is memory for a worker and its base model."""
+def memory(facts: NodeFacts, node: str, needs: Needs, room: int = 1) -> Check:
+    """Whether there is memory for the workers, each of which has a base model of its own.
+
+    Args:
+        facts: of the node.
+        node: its name.
+        needs: of the spec.
+        room: how many workers the node has room for; 1 where that is not known.
+    """
     if facts.memory_bytes is None or facts.free_bytes is None:
         return Check("memory", "skipped", "this system does not say", node=node)
     found = f"{size(facts.free_bytes)} free of {size(facts.memory_bytes)}"
-    base = needs.base_bytes or 0
-    if base > facts.memory_bytes and not facts.gpus:
-        found += f"; the base model takes {size(base)}"
-        return Check("memory", "failed", found, "use machines with more memory, or a smaller model", node)
+    workers = max(1, room if needs.workers is None else min(room, needs.workers))
+    base = workers * (needs.base_bytes or 0)
+    takes = f"; the base model takes {size(needs.base_bytes or 0)}"
+    takes += f", {size(base)} for {workers} workers" if workers > 1 else ""
+    on_cpu = not facts.gpus or needs.gpus_per_worker == 0  # else it is here only while it is loaded
+    if base > facts.memory_bytes and on_cpu:
+        way_out = "use machines with more memory, or a smaller model"
+        if workers > 1:
+            way_out += ", or fewer workers: compute.workers, or on a cluster fewer CPUs for Ray there (--num-cpus)"
+        return Check("memory", "failed", found + takes, way_out, node)
     if facts.free_bytes < _TOO_LITTLE_MEMORY:
         return Check("memory", "failed", found, "end what takes it, or use a larger machine", node)
     if facts.free_bytes < _LITTLE_MEMORY + base:
-        more = f"; the base model takes {size(base)}" if base else ""
-        return Check("memory", "warning", found + more, "end what takes it, or use a larger machine", node)
+        return Check(
+            "memory", "warning", found + (takes if base else ""), "end what takes it, or use a larger machine", node
+        )
     return Check("memory", "ok", found, node=node)
 
 
@@ -412,6 +431,13 @@ def exchanged(node: str, place: str, error: str) -> Check:
 
 def source(one: Source, node: str, found: SourceFacts, driver: SourceFacts | None = None) -> Check:
     """Whether what a spec names is there, or to be had, and the same as at the driver."""
+    if found.lacking and (found.there or found.reachable):
+        where = "" if one.local else " on the hub"
+        way_out = (
+            "name a model that is whole: config.json, weights in safetensors and its tokenizer's files, as "
+            "transformers' `save_pretrained` writes them"
+        )
+        return Check(one.use, "failed", f"{one.name}{where} has no {found.lacking}", way_out, node)
     if found.there and one.local:
         if driver is not None and driver.there and found.digest != driver.digest:
             what = f"{one.name} is there, with {size(found.bytes)}, and not as at the driver, {size(driver.bytes)}"
@@ -419,16 +445,25 @@ def source(one: Source, node: str, found: SourceFacts, driver: SourceFacts | Non
         return Check(one.use, "ok", f"{one.name}, {size(found.bytes)}", node=node)
     if found.there:
         taken = f", {size(found.bytes)}" if found.bytes else ""
-        return Check(one.use, "ok", f"{one.name} is in the hub's cache{taken}", node=node)
+        return Check(one.use, "ok", f"{one.name} is in the cache{taken}", node=node)
     if one.local:
         way_out = "put it there under the same path, or on a file system that all nodes share"
         return Check(one.use, "failed", f"{one.name} is not there", way_out, node)
     if found.reachable:
         taken = f" of {size(found.bytes)}" if found.bytes else ""
         return Check(one.use, "ok", f"{one.name} is not in the cache; the hub lets it be downloaded{taken}", node=node)
-    way_out = f"download it there (`hf download {'--repo-type dataset ' if one.kind == 'dataset' else ''}{one.name}`), "
-    way_out += "let the node reach the hub (for a gated one with HF_TOKEN), or name a directory"
-    return Check(one.use, "failed", f"{one.name} is not in the cache, and not to be had: {found.hub}", way_out, node)
+    way_out = f"download it there (`{_download(one)}`), let the node reach the hub (for a gated one with HF_TOKEN), "
+    cached = f"is in the cache without {found.lacking}" if found.lacking else "is not in the cache"
+    found_ = f"{one.name} {cached}, and not to be had: {found.hub}"
+    return Check(one.use, "failed", found_, way_out + "or name a directory", node)
+
+
+def _download(one: Source) -> str:
+    """The command after which it is in the cache from which it is loaded."""
+    if one.kind == "dataset":  # datasets loads nothing from where `hf download` puts it
+        names = ", ".join(f"'{name}'" for name in (one.name, one.config) if name)
+        return f'python -c "import datasets; datasets.load_dataset({names})"'
+    return f"hf download {one.name}{f' --revision {one.revision}' if one.revision else ''}"
 
 
 # -- who may come in ---------------------------------------------------------------------------------------------------

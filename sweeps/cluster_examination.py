@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,6 +21,9 @@ from sweeps.spec import SpecDocument
 
 _CLOCK_ROUNDS = 3
 """Of these the one with the shortest round trip counts."""
+
+_LOOK_S = 0.9 * PATIENCE_S
+"""For the spec's sources: datasets, and with it torch, may have to be loaded to see what is in its cache."""
 
 Say = Callable[[str], None]
 
@@ -69,7 +71,7 @@ class Cluster:
         checks = [_there([answer.node for answer in answers], self.address)]
         resources, problem = bounded("workers", self._room)
         checks += problem if resources is None else [resources[1]]
-        takes_jobs = {answer.node.id: resources is None or answer.node.room(resources[0]) > 0 for answer in answers}
+        room = {answer.node.id: 1 if resources is None else answer.node.room(resources[0]) for answer in answers}
         found: dict[str, NodeFacts] = {}
         for answer in answers:
             name = names[answer.node.id]
@@ -77,8 +79,9 @@ class Cluster:
                 checks.append(checkup.silent(name, answer.error))
                 continue
             found[name] = answer.value
-            needs = self.needs if takes_jobs[answer.node.id] else Needs()
-            checks += machine(answer.value, name, needs, clustered=True, driver=self.driver, in_ray=answer.node.gpus)
+            needs = self.needs if room[answer.node.id] else Needs()
+            in_ray, fits = answer.node.gpus, room[answer.node.id]
+            checks += machine(answer.value, name, needs, clustered=True, driver=self.driver, in_ray=in_ray, room=fits)
         checks += checkup.devices(found, self.needs) + self._token(found.values())
         say("asking them for the time")
         checks += self._in_time("clock", names, self._clocks)
@@ -86,7 +89,7 @@ class Cluster:
         checks += self._in_time("checkpoints", names, self._exchange)
         if self.document is not None and (sources := sources_of(self.document)):
             say("asking them for the model and the data")
-            wanted = {node: name for node, name in names.items() if takes_jobs[node]}
+            wanted = {node: name for node, name in names.items() if room[node]}
             checks += self._in_time("sources", wanted, lambda which: self._look(sources, which))
         return checks
 
@@ -140,15 +143,7 @@ class Cluster:
 
     def _exchange(self, names: dict[str, str]) -> list[Check]:
         place = place_for_checkpoints(self.home)
-        storage.leave_mark(place, mark := f"probe-{secrets.token_hex(8)}")
-        left = [mark]
-        try:
-            answers = nodes.ask(node_facts.exchange, place, mark)
-            left += [answer.value for answer in answers if not answer.error]
-            errors = {answer.node.id: answer.error or _unseen(place, answer.value) for answer in answers}
-        finally:
-            for name in left:
-                storage.remove_mark(place, name)
+        errors = {answer.node.id: answer.error for answer in nodes.exchange(place)}
         return [
             checkup.exchanged(name, place, errors[node])
             if node in errors
@@ -158,7 +153,7 @@ class Cluster:
 
     def _look(self, sources: tuple[Source, ...], names: dict[str, str]) -> list[Check]:
         checks = list[Check]()
-        for answer in nodes.ask(source_facts.look, sources):
+        for answer in nodes.ask(source_facts.look, sources, timeout_s=_LOOK_S):
             if answer.node.id not in names:
                 continue
             name = names[answer.node.id]
@@ -179,12 +174,3 @@ def _there(found: list[nodes.Node], address: str) -> Check:
     cpus, gpus = sum(node.cpus for node in found), sum(node.gpus for node in found)
     some = f"{len(found)} node{'' if len(found) == 1 else 's'}"
     return Check("Ray", "ok", f"{some} at {address}, with {cpus:g} CPUs and {gpus:g} GPUs")
-
-
-def _unseen(place: str, mark: str) -> str:
-    """Why the driver cannot read what a node has left; empty where it can."""
-    try:
-        storage.check_mark(place, mark)
-    except InputError as error:
-        return str(error)
-    return ""

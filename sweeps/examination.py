@@ -26,6 +26,7 @@ from sweeps.home import Home, database_url
 from sweeps.machine_examination import bounded, judged, machine, place_for_checkpoints, quietly, sources_of
 from sweeps.node_facts import NodeFacts
 from sweeps.secrecy import hide_passwords
+from sweeps.source_facts import Source, SourceFacts
 from sweeps.spec import SpecDocument, SweepSpec
 from sweeps.spec_tasks import CausalLmTask, ModelTask
 
@@ -41,21 +42,24 @@ def examine(document: SpecDocument | None, home: Home, address: str | None, say:
     """
     say("looking at this machine")
     label = "this machine" if address is None else "driver"
-    checks, needs, seen = list[Check](), Needs(), None
+    checks, needs, seen, sized = list[Check](), Needs(), None, None
     if document is not None:
         say("looking at the spec's model")
-        needs = _needs(document)
-        sized, problem = bounded("model's config", lambda: _sized(document, needs), label)
+        needs = needs_of(document)
+        sized, problem = bounded("model's config", lambda: _sized(document, needs, alone=address is None), label)
         needs, checks = sized or needs, checks + problem
     sources = sources_of(document) if document is not None else ()
     directories = {checkup.STATE: str(home.path), "cache": str(home.cache)}
     facts, problem = bounded("machine", lambda: node_facts.gather(directories), label)
     checks += problem
     if facts is not None:
-        checks += machine(facts, label, needs, clustered=address is not None)
+        checks += machine(facts, label, needs, clustered=address is not None, room=needs.workers or 1)
     if sources:
         seen, problem = bounded("sources", lambda: source_facts.look(sources), label)
         checks += problem + judged(sources, label, seen)
+        if document is not None and sized is not None and _is_whole_model(sources[0], seen):
+            _, problem = bounded("model's tokenizer", lambda: _load_tokenizer(document), label)
+            checks += problem
     checks += _state(home, facts, cluster=address is not None) + _checkpoints(home)
     say("looking at the ledger")
     checks += _ledger(home)
@@ -79,26 +83,44 @@ def _own_token(home: Home) -> list[Check]:
 # -- the spec ----------------------------------------------------------------------------------------------------------
 
 
-def _needs(document: SpecDocument) -> Needs:
+def needs_of(document: SpecDocument) -> Needs:
     """What a spec asks for by itself."""
     spec = document.spec
+    workers = None if spec.compute.workers == "auto" else spec.compute.workers
     if not isinstance(spec.task, ModelTask):
-        return Needs(spec.compute.gpus_per_worker)
+        return Needs(spec.compute.gpus_per_worker, workers=workers)
     places = [place for place in (spec.task.data.train, spec.task.data.eval) if isinstance(place, str)]
-    packages = ("transformers", *(() if all(Path(place).is_file() for place in places) else ("datasets",)))
-    return Needs(spec.compute.gpus_per_worker, packages)
+    gpus = spec.compute.gpus_per_worker
+    packages = ["transformers"]
+    packages += [] if all(Path(place).is_file() for place in places) else ["datasets"]
+    packages += [] if gpus == "auto" or gpus <= 1 else ["accelerate"]  # lays a model out over several GPUs
+    return Needs(gpus, tuple(packages), workers=workers)
 
 
-def _sized(document: SpecDocument, needs: Needs) -> Needs:
-    """What it asks for beyond that, as its model's config tells."""
+def _sized(document: SpecDocument, needs: Needs, *, alone: bool) -> Needs:
+    """What it asks for beyond that, as its model's config tells, and where this machine is alone its GPUs and cores."""
     if not isinstance(document.spec.task, ModelTask):
         return needs
     from sweeps.dtypes import with_dtype
-    from sweeps.tasks import base_bytes  # loads torch
+    from sweeps.preflight import local_workers  # loads torch
+    from sweeps.tasks import base_bytes
 
     spec = with_dtype(document).spec
     checkpoints = None if storage.configured_place() else _checkpoint_bytes(spec)
-    return replace(needs, base_bytes=base_bytes(spec), checkpoint_bytes=checkpoints)
+    workers = local_workers(spec) if alone else needs.workers
+    return replace(needs, base_bytes=base_bytes(spec), checkpoint_bytes=checkpoints, workers=workers)
+
+
+def _is_whole_model(first: Source, seen: tuple[SourceFacts, ...] | None) -> bool:
+    return first.kind == "model" and seen is not None and seen[0].there and not seen[0].lacking
+
+
+def _load_tokenizer(document: SpecDocument) -> None:
+    """Loads it as a sweep would: only that tells whether its files are more than names."""
+    from sweeps.tasks import pretrained
+
+    assert isinstance(document.spec.task, ModelTask)
+    pretrained.load_tokenizer(document.spec.task.model, document.spec.task.revision)
 
 
 def _checkpoint_bytes(spec: SweepSpec) -> int:
@@ -183,11 +205,11 @@ def _mlflow(document: SpecDocument | None) -> list[Check]:
     own = None if document is None else document.spec.tracking
     uri = (own and own.uri) or os.environ.get("MLFLOW_TRACKING_URI") or tracking.default_uri(Path.cwd())
     named = None if document is None or own is None else own.experiment or document.spec.name
-    shown = tracking_address.shown_address(uri) if _is_server(uri) else hide_passwords(tracking.absolute_uri(uri))
 
     def ask() -> Check:
         tracking.check_tracking(uri, named)  # the first of several: it may have to look up a name
         latency_ms = 1e3 * _seconds(lambda: tracking.check_tracking(uri, named))
+        shown = tracking_address.shown_address(uri) if _is_server(uri) else hide_passwords(tracking.absolute_uri(uri))
         return Check("MLflow", "ok", f"{_server_version(uri)}{shown} answers in {latency_ms:.2g} ms")
 
     check, problem = bounded("MLflow", ask)

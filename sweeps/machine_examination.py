@@ -51,6 +51,7 @@ def machine(
     clustered: bool,
     driver: NodeFacts | None = None,
     in_ray: float | None = None,
+    room: int = 1,
 ) -> list[Check]:
     """What is said of one machine, whichever it is.
 
@@ -61,12 +62,13 @@ def machine(
         clustered: whether it is part of a cluster, or drives one.
         driver: facts of the driver, which it is held to.
         in_ray: the GPUs that Ray has of it; None for a machine that is no node.
+        room: how many workers it has room for; 1 where that is not known.
     """
     checks = [checkup.versions(facts, node, needs, driver)]
     trains = in_ray is not None or not clustered  # a driver beside a cluster trains nothing itself
     if trains:
         checks.append(checkup.gpus(facts, node, in_ray))
-    checks.append(checkup.memory(facts, node, needs if trains else Needs()))
+    checks.append(checkup.memory(facts, node, needs if trains else Needs(), room))
     checks += checkup.disks(facts, node, checkpoint_bytes=(needs.checkpoint_bytes or 0) if driver is None else 0)
     return [*checks, checkup.shared_memory(facts, node), checkup.open_files(facts, node)]
 
@@ -93,10 +95,10 @@ def sources_of(document: SpecDocument) -> tuple[Source, ...]:
         return ()
     found = [
         Source("task.model", task.model, "model", task.revision),
-        Source("task.data.train", task.data.train, "dataset"),
+        Source("task.data.train", task.data.train, "dataset", config=task.data.config),
     ]
     if isinstance(task.data.eval, str):
-        found.append(Source("task.data.eval", task.data.eval, "dataset"))
+        found.append(Source("task.data.eval", task.data.eval, "dataset", config=task.data.config))
     return tuple(found)
 
 

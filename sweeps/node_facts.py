@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import resource
-import secrets
 import shutil
 import socket
 import subprocess
@@ -26,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core import __version__
-from sweeps import storage
 from sweeps.home import own_cache
 
-PACKAGES = ("ray", "torch", "optuna", "mlflow", "numpy", "transformers", "peft", "datasets")
-"""Whose versions matter to a sweep; the last three need not be installed."""
+PACKAGES = ("ray", "torch", "optuna", "mlflow", "numpy", "transformers", "peft", "datasets", "accelerate")
+"""Whose versions matter to a sweep; the last four need not be installed."""
 
 _TORCH_S = 90
 """How long torch may take to be loaded and to look for GPUs."""
@@ -149,20 +147,6 @@ def gather(directories: Mapping[str, str | None]) -> NodeFacts:
         open_files=_open_files(),
         auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
     )
-
-
-def exchange(place: str, mark: str) -> str:
-    """Reads what the driver left at a place, and leaves something there for the driver to read.
-
-    Returns:
-        The name of what was left.
-
-    Raises:
-        StorageError: one of them cannot be done.
-    """
-    storage.check_mark(place, mark)  # first: a directory that is not the driver's is not written to
-    storage.leave_mark(place, own := f"{mark}-{secrets.token_hex(8)}")
-    return own
 
 
 def now() -> float:

@@ -10,12 +10,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sweeps import storage
 from sweeps.autoscaling import Growth, NodeType, configuration_here, of_configuration, published
-from sweeps.errors import ClusterError
+from sweeps.errors import ClusterError, StorageError
 from sweeps.node_memory import Memory, memory_here
 
 _ANSWER_S = 60
@@ -141,10 +141,13 @@ def ask(
         for node in nodes
     ]
     answered, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    if late := [reference for reference in asked if reference not in answered]:
+        for reference in late:
+            ray.cancel(reference, force=True)
+        ray.wait(late, num_returns=len(late), timeout=_REACH_S)  # what is to end now does nothing afterwards
     answers = []
     for node, reference in zip(nodes, asked, strict=True):
         if reference not in answered:
-            ray.cancel(reference, force=True)
             answers.append(Answer(node, None, f"no answer within {timeout_s:g} s"))
             continue
         try:
@@ -315,16 +318,7 @@ def check_storage(place: str) -> None:
     if len(living_nodes()) == 1:
         storage.probe(place)
         return
-    storage.leave_mark(place, mark := f"probe-{secrets.token_hex(8)}")
-    answers = []
-    try:
-        answers = ask(_read_and_write, place, mark)
-        for answer in answers:
-            if not answer.error:
-                storage.check_mark(place, str(answer.value))
-    finally:
-        for name in (mark, *(str(answer.value) for answer in answers if not answer.error)):
-            storage.remove_mark(place, name)
+    answers = exchange(place)
     # A node that went meanwhile, or is about to, will see nothing of the sweep either.
     living = {node.id for node in living_nodes()}
     if failed := [answer for answer in answers if answer.error and answer.node.id in living]:
@@ -336,8 +330,59 @@ def check_storage(place: str) -> None:
         )
 
 
+def exchange(place: str, timeout_s: float = _ANSWER_S) -> list[Answer]:
+    """Has every living node read what is written here, and write what is then read here; leaves nothing behind.
+
+    Args:
+        place: for checkpoints.
+        timeout_s: for all nodes together.
+
+    Returns:
+        What each node said; an error where one of the two cannot be done.
+
+    Raises:
+        StorageError: it cannot be written here, or nothing be removed.
+    """
+    asked, mark = living_nodes(), f"probe-{secrets.token_hex(8)}"
+    storage.leave_mark(place, mark)
+    try:
+        said = ask(_read_and_write, place, mark, nodes=asked, timeout_s=timeout_s)
+        return [answer if answer.error else replace(answer, error=_unseen(place, str(answer.value))) for answer in said]
+    finally:
+        # Those too that a node may have written without having said so.
+        _remove_marks(place, [mark, *(_own_mark(mark, node.id) for node in asked)])
+
+
 def _read_and_write(place: str, mark: str) -> str:
     """On a node: reads what the driver has written, and returns the name of what it has written itself."""
-    storage.check_mark(place, mark)
-    storage.leave_mark(place, own := f"{mark}-{secrets.token_hex(8)}")
+    import ray
+
+    storage.check_mark(place, mark)  # first: a directory that is not the driver's is not written to
+    storage.leave_mark(place, own := _own_mark(mark, ray.get_runtime_context().get_node_id()))
     return own
+
+
+def _own_mark(mark: str, node: str) -> str:
+    """The name of what the node of this id writes: the driver, which removes it, must know it without an answer."""
+    return f"{mark}-{node}"
+
+
+def _remove_marks(place: str, names: list[str]) -> None:
+    """Removes all that can be removed, and only then tells of the first that cannot."""
+    refused = []
+    for name in names:
+        try:
+            storage.remove_mark(place, name)
+        except StorageError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def _unseen(place: str, mark: str) -> str:
+    """Why what a node has left cannot be read here; empty where it can."""
+    try:
+        storage.check_mark(place, mark)
+    except StorageError as error:
+        return str(error)
+    return ""

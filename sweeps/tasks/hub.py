@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 _TIMEOUT_S = 10
@@ -11,7 +11,7 @@ _TIMEOUT_S = 10
 
 def hub_reachable() -> bool:
     """Whether the hub answers, whatever it says; False where HF_HUB_OFFLINE tells not to ask."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT_S)
@@ -28,10 +28,17 @@ def offline_unless_reachable(config: ModuleType) -> Iterator[None]:
     Args:
         config: of the package that asks; it has a HF_HUB_OFFLINE of its own beside huggingface_hub's.
     """
-    import huggingface_hub
+    with nullcontext() if hub_reachable() else offline(config):
+        yield
+
+
+@contextmanager
+def offline(config: ModuleType) -> Iterator[None]:
+    """Has nobody ask the hub; see `offline_unless_reachable`."""
+    import huggingface_hub.constants
 
     # datasets has no argument for it: under `local_files_only` it still asks for the data set's README.
-    switches = [] if hub_reachable() else [config, huggingface_hub.constants]
+    switches = [config, huggingface_hub.constants]
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     for switch in switches:
         switch.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ import numpy as np
 from sweeps.errors import TaskError
 from sweeps.spec_faults import did_you_mean, one_of
 from sweeps.spec_tasks import DATA_FILES, DataSource, Format, LabelledData, TextData, label_name
-from sweeps.tasks.hub import offline_unless_reachable
+from sweeps.tasks.hub import offline, offline_unless_reachable
 
 _DEFAULT_SHARE = 0.1
 _SPLIT_SEED = 0
@@ -214,6 +214,33 @@ def _read_data_set(key: str, place: str, split: str, data: DataSource) -> _Table
     features = table.features.items()
     classes = {name: tuple(kind.names) for name, kind in features if isinstance(kind, datasets.ClassLabel)}
     return _Table(table, tuple(table.column_names), f"{place}, split {split}", key, classes)
+
+
+def is_cached(name: str, config: str | None) -> bool:
+    """Whether a hub's data set can be loaded on this machine without the hub, as `load_samples` would.
+
+    Files of it in the hub's own cache (`hf download`) do not count: without the hub, datasets takes only what it has
+    prepared itself.
+
+    Args:
+        name: the data set's id.
+        config: of a data set with several configurations, the one that is meant.
+    """
+    try:
+        import datasets
+    except ImportError:
+        return False
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    try:
+        with offline(datasets.config):
+            datasets.load_dataset_builder(name, name=config)
+    # Whatever is raised, `load_samples` would make of it that the data set cannot be had.
+    except Exception:
+        return False
+    finally:
+        datasets.logging.set_verbosity(before)
+    return True
 
 
 def _first_line(error: Exception) -> str:

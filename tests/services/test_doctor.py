@@ -22,6 +22,7 @@ import pytest
 from sweeps.ledger import Ledger
 from tests.postgres_support import postgresql
 from tests.support import command, environment, free_port, run_cli
+from tests.sweeps.hf_support import make_gpt2
 from tests.sweeps.mlflow_support import server
 
 _PATIENCE_S = 180
@@ -89,6 +90,17 @@ def test_a_spec_is_checked_and_what_it_reads_is_looked_for(tmp_path: Path):
     assert here["task.data.train"]["status"] == "ok"
 
 
+def test_a_tokenizer_must_be_one_that_can_be_loaded(tmp_path: Path):
+    (tmp_path / "spec.yaml").write_text(SPEC.replace("/no/such/model", "./model"))
+    (tmp_path / "train.jsonl").write_text('{"text": "a b c"}\n{"text": "b c d"}\n')
+    tokenizer = make_gpt2(tmp_path / "model", layers=1) / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text()[:1000])
+    here = examined("spec.yaml", cwd=tmp_path)["this machine"]
+    assert here["task.model"]["status"] == "ok"  # as far as names tell
+    assert here["model's tokenizer"]["status"] == "failed"
+    assert "required a model with its tokenizer beside it" in here["model's tokenizer"]["found"]
+
+
 def test_a_spec_with_a_fault_is_refused_as_by_every_command(tmp_path: Path):
     (tmp_path / "spec.yaml").write_text(SPEC.replace("rank:", "rnk:"))
     done = run_cli("doctor", "spec.yaml", cwd=tmp_path)
@@ -142,7 +154,23 @@ def test_an_mlflow_server_tells_its_version_and_takes_an_artifact(tmp_path: Path
     assert not left_in(tmp_path / "served")
 
 
+def test_a_tracking_uri_that_is_none_is_a_failed_check(tmp_path: Path):
+    found = examined(cwd=tmp_path, MLFLOW_TRACKING_URI="http://[bad")[""]
+    assert found["MLflow"]["status"] == "failed"
+    assert "http://[bad" in found["MLflow"]["found"]
+    assert found["artifacts"]["status"] == "skipped"
+
+
 # -- a cluster ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["http://head:8265", "https://head", "ray://head:10001"])
+def test_an_address_to_submit_jobs_to_is_refused_with_the_way_out(address: str, tmp_path: Path):
+    done = run_cli("doctor", "--address", address, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"found {address}" in done.stderr
+    assert "run it on the head with --address auto" in done.stderr
+    assert not done.stdout
 
 
 def test_an_address_where_nothing_listens_is_a_failed_check(tmp_path: Path):
@@ -240,12 +268,12 @@ def test_an_ill_node_of_a_cluster_is_found_out(tmp_path: Path):
     state.mkdir(mode=0o700)
     (tmp_path / "spec.yaml").write_text(SPEC.replace("/no/such/model", str(state / "model")))
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
-    (state / "model").mkdir()
-    (state / "model" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}')
+    make_gpt2(state / "model", layers=1)
     with two_nodes(hidden(state)) as (address, access):
         found = examined("spec.yaml", "--address", address, cwd=tmp_path, LORA_SWEEPS_HOME=str(state), **access)
     (head,) = set(found) - {"", "driver", "127.0.0.2"}  # Ray puts the machine's own address for 127.0.0.1
     well, ill = found[head], found["127.0.0.2"]
+    assert "model's tokenizer" not in found["driver"]
     for name in ("versions", "GPUs", "clock", "checkpoints", "task.model", "task.data.train"):
         assert well[name]["status"] == "ok", well[name]
     assert ill["GPUs"]["status"] == "failed"

@@ -9,8 +9,10 @@ import pytest
 from sweeps import checkup
 from sweeps.checkup import Check, Needs
 from sweeps.errors import ClusterError, TrackingError
+from sweeps.examination import needs_of
 from sweeps.node_facts import PACKAGES, Disk, Gpu, NodeFacts, file_system
 from sweeps.source_facts import Source, SourceFacts
+from sweeps.spec import parse_spec
 
 GB = 10**9
 H200 = Gpu("NVIDIA H200", 150 * GB, 149 * GB)
@@ -85,6 +87,22 @@ def test_what_only_some_specs_need_is_missed_where_the_spec_needs_it():
     assert holds(checkup.versions(bare, "one", Needs(packages=("transformers",))), "failed", "lora-sweeps[hf]")
 
 
+def test_a_model_over_several_gpus_needs_accelerate():
+    text = """\
+name: several
+task: {type: causal_lm, model: /no/such/model, data: {train: /no/such/train.jsonl}}
+lora: {target_modules: [c_attn]}
+parameters: {rank: {values: [2, 4]}, lr: {min: 1e-4, max: 1e-2}, alpha: {values: [4, 8]}}
+compute: {gpus_per_worker: GPUS}
+"""
+    bare = with_versions(accelerate="")
+    for gpus, status in (("2", "failed"), ("1", "ok"), ("0.5", "ok"), ("auto", "ok")):
+        needs = needs_of(parse_spec(text.replace("GPUS", gpus), "several.yaml"))
+        assert holds(checkup.versions(bare, "one", needs), status), gpus
+    several = needs_of(parse_spec(text.replace("GPUS", "2"), "several.yaml"))
+    assert holds(checkup.versions(bare, "one", several), "failed", "no accelerate", "lora-sweeps[hf]")
+
+
 # -- GPUs and memory ---------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +157,19 @@ def test_a_model_is_held_to_a_workers_gpu_memory():
 def test_memory_is_held_to_the_model(free: int | None, base: int | None, gpus: tuple[Gpu, ...], status: str):
     facts = replace(WELL, free_bytes=free, gpus=gpus)
     assert holds(checkup.memory(facts, "one", Needs(base_bytes=base)), status)
+
+
+def test_every_worker_of_a_node_has_a_base_model_of_its_own():
+    cpus, needs = replace(WELL, gpus=()), Needs(base_bytes=10 * GB)
+    assert holds(checkup.memory(cpus, "one", needs, room=3), "ok")
+    assert holds(checkup.memory(cpus, "one", needs, room=6), "warning", "10.0 GB, 60.0 GB for 6 workers")
+    assert holds(checkup.memory(cpus, "one", needs, room=8), "failed", "80.0 GB for 8 workers", "compute.workers")
+    assert holds(checkup.memory(cpus, "one", replace(needs, workers=2), room=8), "ok")
+    # Workers with GPUs have it in the main memory only while they load it, at once.
+    assert holds(checkup.memory(WELL, "one", needs, room=8), "warning", "80.0 GB for 8 workers")
+    assert holds(checkup.memory(WELL, "one", replace(needs, gpus_per_worker=0), room=8), "failed")
+    # A node without room for any, or of which that is not known.
+    assert holds(checkup.memory(cpus, "one", Needs(), room=0), "ok")
 
 
 # -- disks and limits --------------------------------------------------------------------------------------------------
@@ -254,7 +285,9 @@ def test_a_place_that_is_another_one_on_a_node_fails():
         (MODEL, SourceFacts(True, GB, "aa"), None, "ok", "1.0 GB"),
         (MODEL, SourceFacts(True, GB, "bb"), SourceFacts(True, GB, "aa"), "failed", "not as at the driver"),
         (MODEL, SourceFacts(False), SourceFacts(True, GB, "aa"), "failed", "is not there"),
-        (FROM_HUB, SourceFacts(True, GB), None, "ok", "in the hub's cache, 1.0 GB"),
+        (FROM_HUB, SourceFacts(True, GB), None, "ok", "in the cache, 1.0 GB"),
+        (FROM_HUB, SourceFacts(False, GB, reachable=True, lacking="tokenizer"), None, "failed", "hub has no tokenizer"),
+        (MODEL, SourceFacts(True, GB, "aa", lacking="tokenizer"), None, "failed", "/models/llama has no tokenizer"),
         (FROM_HUB, SourceFacts(False, GB, reachable=True), None, "ok", "downloaded of 1.0 GB"),
         (FROM_HUB, SourceFacts(False, hub="GatedRepoError: ask"), None, "failed", "HF_TOKEN"),
         (FROM_HUB, SourceFacts(False, hub="HF_HUB_OFFLINE tells not to ask"), None, "failed", "hf download meta/llama"),

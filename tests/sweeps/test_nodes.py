@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sweeps.autoscaling import Growth, NodeType, configuration_here, of_configur
 from sweeps.errors import ClusterError
 from sweeps.node_memory import Memory, memory_here
 from sweeps.nodes import Cluster, Node, Resources, room, share
+from tests.support import environment
 
 GB = 10**9
 
@@ -141,3 +143,35 @@ def test_the_autoscaler_s_file_is_found_by_the_port_of_its_cluster(tmp_path: Pat
         assert configuration_here("2") is None
         monitor.communicate(b"\n")
     assert configuration_here("1") is None
+
+
+EXCHANGE = """
+import json, sys
+from pathlib import Path
+from sweeps import nodes, storage
+from sweeps.engine import cluster
+
+place = Path(sys.argv[1])
+with cluster(None, workers=1, token_file=Path(sys.argv[2])):
+    well = [answer.error for answer in nodes.exchange(str(place))]
+    after_well = sorted(path.name for path in place.iterdir())
+    late = [answer.error for answer in nodes.exchange(str(place), timeout_s=0)]
+    after_late = sorted(path.name for path in place.iterdir())
+    storage.leave_mark(str(place), "mark")
+    (said,) = nodes.ask(nodes._read_and_write, str(place), "mark")
+    written = sorted(path.name for path in place.iterdir())
+    print(json.dumps([well, after_well, late, after_late, written, said.node.id]))
+"""
+
+
+def test_what_nodes_write_to_be_read_here_is_removed_whether_they_answer_or_not(tmp_path: Path):
+    place = tmp_path / "place"
+    place.mkdir()
+    words = [sys.executable, "-c", EXCHANGE, str(place), str(tmp_path / "token")]
+    done = subprocess.run(words, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    well, after_well, late, after_late, written, node_id = json.loads(done.stdout.splitlines()[-1])
+    assert (well, after_well) == ([""], [])
+    assert (late, after_late) == (["no answer within 0 s"], [])
+    # The name of what a node writes is known before it answers.
+    assert written == ["mark", f"mark-{node_id}"]

@@ -126,7 +126,8 @@ def ask(
     """Calls a function on every living node at once, beside what runs there, and returns what each said.
 
     Args:
-        function: a Python function that the nodes can import; it takes no CPU and no GPU of Ray's.
+        function: a Python function that the nodes can import, and that may be called twice; it takes no CPU and no
+            GPU of Ray's.
         arguments: its arguments, the same everywhere.
         nodes: which are asked; None for all that live.
         timeout_s: for all of them together.
@@ -134,7 +135,8 @@ def ask(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(function)
+    # Once more where the process ends that Ray has picked for it: of an earlier question that was given up, say.
+    remote = ray.remote(num_cpus=0, max_retries=1)(function)
     nodes = living_nodes() if nodes is None else nodes
     asked = [
         remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(*arguments)

@@ -160,7 +160,7 @@ with cluster(None, workers=1, token_file=Path(sys.argv[2])):
     storage.leave_mark(str(place), "mark")
     (said,) = nodes.ask(nodes._read_and_write, str(place), "mark")
     written = sorted(path.name for path in place.iterdir())
-    print(json.dumps([well, after_well, late, after_late, written, said.node.id]))
+    print(json.dumps([well, after_well, late, after_late, written, said.node.id, said.error]))
 """
 
 
@@ -170,8 +170,9 @@ def test_what_nodes_write_to_be_read_here_is_removed_whether_they_answer_or_not(
     words = [sys.executable, "-c", EXCHANGE, str(place), str(tmp_path / "token")]
     done = subprocess.run(words, env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    well, after_well, late, after_late, written, node_id = json.loads(done.stdout.splitlines()[-1])
+    well, after_well, late, after_late, written, node_id, error = json.loads(done.stdout.splitlines()[-1])
     assert (well, after_well) == ([""], [])
     assert (late, after_late) == (["no answer within 0 s"], [])
+    assert error == ""
     # The name of what a node writes is known before it answers.
     assert written == ["mark", f"mark-{node_id}"]

@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support import environment
+from tests.support import environment, free_ports, pids_with
 
 _ATTEMPTS = 4
 
@@ -37,25 +36,6 @@ def until(condition: Callable[[], Any], *, patience_s: float = _PATIENCE_S) -> A
     while not (found := condition()):
         assert time.monotonic() < deadline_s, "it never came true"
         time.sleep(0.1)
-    return found
-
-
-def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
-    """Ports on which nothing listens."""
-    with contextlib.ExitStack() as open_ones:
-        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((address, 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def pids_with(setting: str) -> set[int]:
-    """The processes that have this in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -56,10 +57,28 @@ class Done:
 Here = Callable[..., Done]
 
 
+def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
+    """Ports on which nothing listens."""
+    with contextlib.ExitStack() as open_ones:
+        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((address, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 on which nothing listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def pids_with(setting: str) -> set[int]:
+    """The processes that have this in their environment."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
+                found.add(int(entry.name))
+    return found
 
 
 def command(*arguments: str | Path) -> list[str]:

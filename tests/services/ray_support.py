@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import environment
+from tests.support import environment, free_ports, pids_with
 
 TINY = """\
 name: tiny
@@ -32,25 +31,6 @@ search: {method: random, trials: 2, pruner: {type: none}}
 certify: {classes: 0}
 compute: {workers: 1, pack: 2}
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 on which nothing listens."""
-    with contextlib.ExitStack() as open_ones:
-        probes = [open_ones.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def pids_with(setting: str) -> set[int]:
-    """The processes that have this in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-    return found
 
 
 @contextlib.contextmanager

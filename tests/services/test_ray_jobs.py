@@ -22,7 +22,8 @@ from services.ray_jobs import RayJobsRunner, drive_command
 from sweeps.errors import ClusterError, InputError, StateError
 from sweeps.home import Home
 from tests.services import service_support
-from tests.services.ray_support import free_ports, ray_head, ray_setting, until
+from tests.services.ray_support import ray_head, ray_setting, until
+from tests.support import free_port
 
 STAND_IN = """\
 import json, os, signal, sys, time
@@ -214,7 +215,7 @@ def test_nobody_gets_in_without_the_token(place: Place):
 
 
 def test_a_head_that_does_not_answer_is_not_taken_for_a_driver_that_ended(tmp_path: Path):
-    (port,) = free_ports(1)
+    port = free_port()
     with ray_setting():
         runner = RayJobsRunner(f"http://127.0.0.1:{port}", Home(tmp_path))
         for ask in (

@@ -26,8 +26,8 @@ from services.remote_run import Remote, Submitted, exit_code
 from sweeps.errors import ClusterError, InputError
 from sweeps.ledger import Ledger
 from sweeps.records import SweepRecord, read_sweep
-from tests.services.ray_support import TINY, Head, free_ports, ray_head, ray_setting, until
-from tests.support import command, environment
+from tests.services.ray_support import TINY, Head, ray_head, ray_setting, until
+from tests.support import command, environment, free_port
 
 PYTHON_TASK = """\
 import sys, time
@@ -259,7 +259,7 @@ def test_who_has_no_token_or_finds_no_head_is_told_so(cluster: Cluster):
         with pytest.raises(ClusterError, match="Invalid authentication token") as caught:
             Remote(cluster.head.address)
         assert str(caught.value).endswith("set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or RAY_AUTH_TOKEN) here")
-    (port,) = free_ports(1)
+    port = free_port()
     for address in (f"http://127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
         with ray_setting(), pytest.raises(ClusterError, match=f"the Ray cluster at {address} must answer"):
             Remote(address)

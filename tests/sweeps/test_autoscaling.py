@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.events import JobStarted
-from tests.support import SMALL_SPEC, command, environment, record_of, run_cli, wait_for_events
+from tests.support import SMALL_SPEC, command, environment, pids_with, record_of, run_cli, wait_for_events
 
 PATIENCE_S = 300
 """Nodes are processes that import much, on a machine that may have other things to do."""
@@ -146,16 +146,6 @@ def watching(head: subprocess.Popen[str], address: str, env: dict[str, str]) -> 
             return int(watcher.stdout.readline())
 
         yield nodes
-
-
-def pids_with(setting: str) -> set[int]:
-    """The processes that have this in their environment."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and setting.encode() in (entry / "environ").read_bytes():
-                found.add(int(entry.name))
-    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks its processes up in /proc")

@@ -24,10 +24,11 @@ from sweeps.events import DriverStarted, JobEnded, JobStarted
 from sweeps.ledger import Record
 from sweeps.reduction import Reduction
 from sweeps.tasks import load_task
-from tests.cluster_support import pids_with, ray_cluster
+from tests.cluster_support import ray_cluster
 from tests.conftest import FinishedSweep
 from tests.support import (
     SMALL_SPEC,
+    pids_with,
     record_of,
     run_cli,
     run_json,

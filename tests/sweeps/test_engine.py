@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,3 +138,20 @@ def test_a_result_that_cannot_be_taken_ends_the_run_though_jobs_wait_for_workers
     with pytest.raises(StateError, match="the ledger is away"):
         run(jobs, workers=3)
     assert [result.job for result in jobs.results] == [0]
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("RpcError: RPC error: keepalive watchdog timeout rpc_code: 14.", "node_lost"),
+        ("1 worker(s) were killed due to the node running low on memory", "oom"),
+        ("nothing that is known", "worker_died"),
+    ],
+)
+def test_an_error_that_ray_keeps_as_words_only_is_told_by_them(said: str, kind: JobErrorKind, tmp_path: Path):
+    import ray
+
+    (tmp_path / "error.txt").write_text(f"Traceback\n{said}\n")
+    (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(ray.exceptions.RayActorError()))
+    trial = SimpleNamespace(error_file=str(tmp_path / "error.txt"), pickled_error_file=str(tmp_path / "error.pkl"))
+    assert engine._why_lost(trial)[0] == kind

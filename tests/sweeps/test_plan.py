@@ -5,7 +5,7 @@ import pytest
 
 from sweeps import reduction as reduction_module
 from sweeps.errors import InputError
-from sweeps.plan import Plan, extended, make_plan
+from sweeps.plan import Plan, extended, make_plan, most_workers
 from sweeps.reduction import Reduction
 from tests.sweeps.support import make_spec
 
@@ -283,3 +283,10 @@ def test_a_pack_in_the_spec_that_no_memory_holds_is_refused_with_the_numbers():
 def test_what_an_optimizer_does_not_use_is_said(train, warning):
     found = [text for text in plan_of(train=train).warnings if "not used" in text or "no effect" in text]
     assert found == ([warning] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("method", "trials", "workers"), [("gp", 64, 8), ("tpe", 65, 9), ("cmaes", 3, 1), ("random", 64, 64)]
+)
+def test_a_cluster_grows_for_no_more_workers_than_leave_the_sampler_something_to_learn(method, trials, workers):
+    assert most_workers(make_spec(search=f"method: {method}"), trials) == workers

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweeps.driver import closing_killed, resume
+from sweeps.autoscaling import Growth, NodeType
+from sweeps.driver import _plan_for, closing_killed, resume
 from sweeps.errors import ClusterError, InputError
 from sweeps.events import DriverStarted, Event, JobStarted, SweepCreated, SweepEnded, SweepExtended, TrialAsked
 from sweeps.home import Home
 from sweeps.interrupts import Interrupts
 from sweeps.ledger import Ledger
-from sweeps.plan import make_plan
+from sweeps.nodes import Cluster, Node, Resources
+from sweeps.plan import Plan, make_plan
 from sweeps.records import read_sweep
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
@@ -111,3 +113,37 @@ def test_the_number_that_an_interrupted_sweep_was_given_may_be_given_again(home:
         ledger.append("begun", [SweepEnded(state="finished")])
         with pytest.raises(InputError, match="must be more than the 32 that the sweep has already; found 32"):
             resume_with(home, 32)
+
+
+# -- on a cluster ------------------------------------------------------------------------------------------------------
+
+
+def planned_on(nodes: int, growth: Growth | None, home: Home, monkeypatch: pytest.MonkeyPatch, **changes: str) -> Plan:
+    """The plan for a cluster of machines with one large GPU each, beside a head without any."""
+    text = SMALL_SPEC.replace("compute: {workers: 2, pack: 4}", "compute: {workers: auto}")
+    for old, new in changes.items():
+        text = text.replace(f"{old}: 24", f"{old}: {new}")
+    monkeypatch.setattr("sweeps.nodes.worker_bytes", lambda *_: 80 * 10**9)
+    head = Node("head", "10.0.0.1", 0.0, 0.0, is_head=True)
+    found = Cluster((head, *(Node(f"n{i}", f"10.0.1.{i}", 8.0, 1.0) for i in range(nodes))), growth)
+    return _plan_for(found, Resources(1.0, 1.0), parse_spec(text, "small.yaml"), home, trials=int(changes["trials"]))
+
+
+UNBOUNDED = Growth((NodeType("gpu", 8.0, 1.0, 4096),), 4096)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "growth", "trials", "workers", "pack"),
+    [(3, None, "64", 3, 8), (0, UNBOUNDED, "64", 8, 8), (0, UNBOUNDED, "16", 2, 2), (12, UNBOUNDED, "64", 12, 4)],
+)
+def test_workers_are_what_there_is_or_what_a_cluster_grows_to_for_them(
+    nodes: int,
+    growth: Growth | None,
+    trials: str,
+    workers: int,
+    pack: int,
+    home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    plan = planned_on(nodes, growth, home, monkeypatch, trials=trials)
+    assert (plan.workers, plan.pack) == (workers, pack)

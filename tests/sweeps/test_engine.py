@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sweeps import engine
 from sweeps.errors import StateError
@@ -17,6 +18,7 @@ from sweeps.jobs import JobErrorKind, JobOrder, JobResult, MemberOrder
 from sweeps.nodes import Resources
 from sweeps.space import Configuration
 from sweeps.spec import parse_spec
+from sweeps.worker import keep_to_share
 from tests.support import SMALL_SPEC
 
 KILLS_ITSELF = """\
@@ -24,6 +26,14 @@ import os, signal
 
 def make_task(**_):
     os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+TELLS_WHAT_IT_SEES = """\
+import os
+
+def make_task(**_):
+    raise ValueError(f"it sees {os.environ.get('CUDA_VISIBLE_DEVICES')!r}")
 """
 
 
@@ -122,6 +132,24 @@ def test_a_worker_whose_process_ends_died_and_its_node_did_not(tmp_path: Path):
     kind, detail = outcome(order_of(SMALL_SPEC.replace("{type: digits}", task), tmp_path))
     assert kind == "worker_died"
     assert detail.startswith("the worker's process ended before its job did: ")
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_a_worker_that_asks_for_no_gpu_sees_none(tmp_path: Path):
+    (tmp_path / "tells.py").write_text(TELLS_WHAT_IT_SEES)
+    task = f"{{type: python, path: {tmp_path}, entrypoint: tells:make_task}}"
+    kind, detail = outcome(order_of(SMALL_SPEC.replace("{type: digits}", task), tmp_path))
+    assert kind == "error"
+    assert detail.rstrip().endswith("ValueError: it sees ''")
+
+
+@pytest.mark.parametrize(("gpus", "fractions"), [(0.5, [0.5]), (1.0, []), (2.0, [])])
+def test_a_worker_keeps_to_its_share_of_a_gpu(gpus: float, fractions: list[float], monkeypatch: pytest.MonkeyPatch):
+    kept: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", kept.append)
+    keep_to_share(gpus)
+    assert kept == fractions
 
 
 @pytest.mark.usefixtures("ray_here")

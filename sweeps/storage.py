@@ -4,7 +4,7 @@ place   an absolute path, or a URL: `s3://bucket/path`, `gs://`, `abfss://` and 
         other scheme by fsspec and the package that it asks for
 
 Keys are never part of a place: each node takes them from its environment or its cloud's identity, as pyarrow and fsspec
-do. The only file that imports pyarrow and fsspec.
+do.
 """
 
 from __future__ import annotations
@@ -89,9 +89,6 @@ def files_in(place: str, directory: str) -> Files:
     Args:
         place: an absolute path or a URL.
         directory: relative to it, with slashes.
-
-    Raises:
-        StorageError: the URL cannot be opened.
     """
     return RemoteFiles(place, directory) if is_url(place) else LocalFiles(Path(place) / directory)
 
@@ -258,7 +255,9 @@ def _opened(place: str) -> tuple[Any, str]:
         place += f"{'&' if '?' in place else '?'}{_GCS_LIMIT}=15"
     try:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(place)
-    except pyarrow.ArrowInvalid:  # no scheme of pyarrow's
+    except pyarrow.ArrowInvalid as error:
+        if "Unrecognized filesystem type" not in str(error):
+            raise StorageError(f"{_VARIABLE} must be a URL that pyarrow opens; {place} is not: {error}") from None
         try:
             opened, path = fsspec.core.url_to_fs(place)
         except (ImportError, ValueError, OSError) as error:

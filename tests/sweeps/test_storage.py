@@ -131,6 +131,11 @@ def test_a_scheme_that_nothing_opens_says_what_does():
         probe("foo://bucket")
 
 
+def test_a_setting_that_is_none_is_refused_in_pyarrows_words():
+    with pytest.raises(StorageError, match=r"s3://bucket/x\?regoin=us-east-1 is not: .*regoin"):
+        probe("s3://bucket/x?regoin=us-east-1")
+
+
 def test_a_bucket_that_is_not_there_is_refused_with_the_reason(s3: S3):
     with pytest.raises(StorageError, match=r"s3://nobody-has-it/x cannot be written to: .*bucket does not exist"):
         probe("s3://nobody-has-it/x")

@@ -121,8 +121,8 @@ def run(
 def plan(spec: Path, classes: bool, timed: bool, as_json: bool) -> None:
     """Show what a spec would run, before it runs."""
     from services.words import classes_of, print_json, print_plan
-    from sweeps.driver import plan_sweep
     from sweeps.home import Home
+    from sweeps.planning import plan_sweep
     from sweeps.spec import load_spec
 
     if classes and not as_json:

@@ -189,8 +189,8 @@ def _devices() -> int:
 
 
 def _plan(text: str, source: str, places: Places, room: Room, timed: bool, home: Home) -> Planned:
-    from sweeps.driver import plan_sweep
     from sweeps.dtypes import with_dtype
+    from sweeps.planning import plan_sweep
 
     document = parse_submitted(text, source, places)
     compute = document.spec.compute

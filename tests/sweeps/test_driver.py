@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweeps.autoscaling import Growth, NodeType
-from sweeps.driver import _plan_for, closing_killed, resume
+from sweeps.driver import closing_killed, resume
 from sweeps.errors import ClusterError, InputError
 from sweeps.events import DriverStarted, Event, JobStarted, SweepCreated, SweepEnded, SweepExtended, TrialAsked
 from sweeps.home import Home
@@ -16,6 +16,7 @@ from sweeps.interrupts import Interrupts
 from sweeps.ledger import Ledger
 from sweeps.nodes import Cluster, Node, Resources
 from sweeps.plan import Plan, make_plan
+from sweeps.planning import plan_for_cluster
 from sweeps.records import read_sweep
 from sweeps.reduction import Reduction
 from sweeps.space import Configuration
@@ -126,7 +127,9 @@ def planned_on(nodes: int, growth: Growth | None, home: Home, monkeypatch: pytes
     monkeypatch.setattr("sweeps.nodes.worker_bytes", lambda *_: 80 * 10**9)
     head = Node("head", "10.0.0.1", 0.0, 0.0, is_head=True)
     found = Cluster((head, *(Node(f"n{i}", f"10.0.1.{i}", 8.0, 1.0) for i in range(nodes))), growth)
-    return _plan_for(found, Resources(1.0, 1.0), parse_spec(text, "small.yaml"), home, trials=int(changes["trials"]))
+    return plan_for_cluster(
+        found, Resources(1.0, 1.0), parse_spec(text, "small.yaml"), home, trials=int(changes["trials"])
+    )
 
 
 UNBOUNDED = Growth((NodeType("gpu", 8.0, 1.0, 4096),), 4096)
@@ -147,3 +150,5 @@ def test_workers_are_what_there_is_or_what_a_cluster_grows_to_for_them(
 ):
     plan = planned_on(nodes, growth, home, monkeypatch, trials=trials)
     assert (plan.workers, plan.pack) == (workers, pack)
+    untried = [warning for warning in plan.warnings if "none is there yet, so it was not tried" in warning]
+    assert len(untried) == (1 if nodes == 0 else 0)

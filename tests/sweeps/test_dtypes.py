@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from sweeps.driver import plan_sweep
 from sweeps.dtypes import with_dtype
 from sweeps.errors import SpecError
 from sweeps.home import Home
+from sweeps.planning import plan_sweep
 from sweeps.spec import SpecDocument, parse_spec
 from sweeps.tasks import load_task
 from tests.support import SMALL_SPEC, run_cli

@@ -16,10 +16,10 @@ import transformers
 from lora_core.adapter import LoraBank
 from lora_core.optimizers import PackOptimizer
 from sweeps import preflight as flight
-from sweeps.driver import plan_sweep
 from sweeps.errors import SpecError
 from sweeps.home import Home
 from sweeps.plan import Plan
+from sweeps.planning import plan_sweep
 from sweeps.recipe import optimizer_of, steps_of
 from sweeps.reduction import Reduction
 from sweeps.spec import SpecDocument, SweepSpec, parse_spec

@@ -16,6 +16,7 @@ from sweeps.events import (
     TrialAsked,
     TrialTold,
 )
+from sweeps.jobs import JobResult
 from tests.sweeps.support import SWEPT, FakeWorker, Simulation, make_spec
 
 ALPHAS = "alpha: {values: [4, 16, 64]}"
@@ -274,6 +275,16 @@ def test_a_driver_that_takes_over_a_lost_job_hands_it_out_again(kept):
         trial.number: (trial.state, trial.value) for trial in calm.record.trained
     }
     assert cut.record.jobs_started == calm.record.jobs_started
+
+
+def test_a_job_that_was_lost_with_its_node_is_under_way_again_once_it_was_handed_out():
+    simulation = Simulation(spec_of(), trials=8, rungs=(4, 16), pack=4, lanes=1)
+    searcher = simulation.searcher()
+    order = searcher.suggest()
+    searcher.complete(JobResult(job=order.job, error="node_lost"))
+    assert order.job in simulation.record.jobs_ended
+    assert searcher.suggest() == order
+    assert simulation.record.jobs_started.keys() - simulation.record.jobs_ended.keys() == {order.job}
 
 
 def test_a_job_that_takes_longer_than_nodes_live_fails_with_that_reason():

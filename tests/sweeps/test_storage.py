@@ -165,6 +165,20 @@ def test_a_store_that_is_away_for_a_while_is_waited_for():
             assert torch.equal(load_member(RemoteFiles(place, "member")).adapter["fc1.lora_A"], torch.full((2, 3), 3.0))
 
 
+def test_what_a_store_refuses_for_a_moment_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    refusals, put = ["busy", "busy", "still busy"], storage._put
+
+    def flaky(filesystem: object, path: str, data: bytes) -> None:
+        if refusals:
+            raise OSError(refusals.pop())
+        put(filesystem, path, data)
+
+    monkeypatch.setattr(storage, "_put", flaky)
+    files = RemoteFiles("memory://flaky", "member", patience_s=60)
+    files.write("name", b"data")
+    assert (refusals, files.read("name")) == ([], b"data")
+
+
 def test_whose_patience_ends_is_told_why():
     place = f"s3://{BUCKET}/away?endpoint_override=http://127.0.0.1:{free_port()}&region=us-east-1"
     with pytest.raises(OSError, match="NETWORK_CONNECTION"):

@@ -166,7 +166,9 @@ def test_a_pack_larger_than_memory_is_refused_by_what_was_counted(llama: Path, t
 
 # -- models too large for this machine ---------------------------------------------------------------------------------
 
-
+def test_a_model_of_eight_billion_is_planned_without_its_weights(
+    eight_billion: Path, texts: str, plan, tmp_path: Path, monkeypatch
+):
 def test_a_model_of_eight_billion_is_planned_without_its_weights(eight_billion: Path, texts: str, plan, monkeypatch):
     monkeypatch.setattr(flight, "_memory_bytes", lambda *_: 16 * 10**9)
     text = lm_document(eight_billion, texts, targets="[c_attn, c_proj, c_fc]", dtype="bfloat16").text
@@ -180,7 +182,7 @@ def test_a_model_of_eight_billion_is_planned_without_its_weights(eight_billion: 
     assert found.base_bytes > 16e9
     assert found.member_bytes > 1e9
     assert any("memory of the workers is not known here" in warning for warning in found.warnings)
-    fit = flight.preflight(document, Reduction.of(document.spec), Path(document.source), whole=False)
+    fit = flight.preflight(document, Reduction.of(document.spec), tmp_path, whole=False)
     assert len(fit.layers) == 40 * 4
     assert fit.layers["transformer.h.39.mlp.c_fc"] == (4096, 4 * 4096)
 

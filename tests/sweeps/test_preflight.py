@@ -166,10 +166,10 @@ def test_a_pack_larger_than_memory_is_refused_by_what_was_counted(llama: Path, t
 
 # -- models too large for this machine ---------------------------------------------------------------------------------
 
+
 def test_a_model_of_eight_billion_is_planned_without_its_weights(
     eight_billion: Path, texts: str, plan, tmp_path: Path, monkeypatch
 ):
-def test_a_model_of_eight_billion_is_planned_without_its_weights(eight_billion: Path, texts: str, plan, monkeypatch):
     monkeypatch.setattr(flight, "_memory_bytes", lambda *_: 16 * 10**9)
     text = lm_document(eight_billion, texts, targets="[c_attn, c_proj, c_fc]", dtype="bfloat16").text
     document = parse_spec(text.replace("trials: 4", "trials: 64"), "lm.yaml")
